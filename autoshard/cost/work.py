@@ -1,0 +1,157 @@
+"""What a program's ops do, whatever the mesh: FLOPs, bytes, and what is materialised.
+
+The compiler fuses point-by-point ops, so most of their values never reach memory. A
+value is taken to be materialised when it is an argument or a result, when a product, a
+lookup, a reduction or a loop makes or takes it, or when it is used much later (a
+residual kept for the backward pass).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from autoshard.ir.program import LINK, Program
+from autoshard.ir.train_step import UPDATE_SCOPE
+from autoshard.ir.trace import Traced
+from autoshard.propagate.classes import DimClasses
+
+FUSION_REACH_OPS = 64
+"""A use further away than this many ops is not fused with the producer."""
+
+_FUSED = ("elementwise", "data", "move")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Facts of a program that no mesh changes.
+
+    Attributes:
+        runs: Runs per call per op, loops included.
+        flops: Floating-point operations of one run of each op, unsharded.
+        materialised: Per value, whether it exists in memory.
+        batched: Per value, whether a microbatch holds only a part of it.
+        batched_op: Per op, whether it works on such values.
+        update: Per op, whether it runs once a step rather than once a microbatch.
+        birth: Per value, the op index from which it occupies memory, -1 for never.
+        death: Per value, the last op index at which it is needed.
+        gradients: Values that hold gradients.
+    """
+
+    runs: tuple[int, ...]
+    flops: tuple[float, ...]
+    materialised: tuple[bool, ...]
+    batched: tuple[bool, ...]
+    batched_op: tuple[bool, ...]
+    update: tuple[bool, ...]
+    birth: tuple[int, ...]
+    death: tuple[int, ...]
+    gradients: frozenset[int]
+
+
+def analyse(traced: Traced, classes: DimClasses) -> Work:
+    """Reads the facts of a traced program."""
+    program = traced.program
+    rules = classes.rules
+    batch = {c for c, names in classes.names.items() if "batch" in names}
+    runs = [program.runs(r) for r in range(len(program.regions))]
+    batched_op = tuple(
+        any(c in batch for c in factor_classes) for factor_classes in classes.of_factor
+    )
+    birth, death = _lifetimes(traced)
+    return Work(
+        runs=tuple(runs[op.region] for op in program.ops),
+        flops=tuple(
+            rule.flops_per_point * prod(rule.sizes, start=1.0) for rule in rules
+        ),
+        materialised=_materialised(program, classes),
+        batched=tuple(
+            any(c in batch for c in dims) for dims in classes.of_value
+        ),
+        batched_op=batched_op,
+        update=tuple(UPDATE_SCOPE in op.scope for op in program.ops),
+        birth=birth,
+        death=death,
+        gradients=_gradients(program, classes),
+    )
+
+
+def _materialised(program: Program, classes: DimClasses) -> tuple[bool, ...]:
+    found = [False] * len(program.values)
+    for v in (*program.inputs, *(v for v in program.outputs if v >= 0)):
+        found[v] = True
+    for op, rule in zip(program.ops, classes.rules, strict=True):
+        fused = rule.op_kind in _FUSED
+        for v in op.outputs:
+            found[v] = found[v] or not fused
+        for v in op.inputs:
+            if v < 0:
+                continue
+            producer = program.values[v].producer
+            if rule.op_kind not in (*_FUSED, "reduce"):
+                found[v] = True
+            elif producer >= 0 and op.index - producer > FUSION_REACH_OPS:
+                found[v] = True
+    for op, rule in zip(program.ops, classes.rules, strict=True):
+        # A broadcast or a constant is made again wherever it is needed.
+        if rule.op_kind == "data":
+            for v in op.outputs:
+                found[v] = False
+    return tuple(found)
+
+
+def _lifetimes(traced: Traced) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    program = traced.program
+    first_op = [len(program.ops)] * len(program.regions)
+    last_op = [-1] * len(program.regions)
+    for op in program.ops:
+        region = op.region
+        while region >= 0:
+            first_op[region] = min(first_op[region], op.index)
+            last_op[region] = max(last_op[region], op.index)
+            region = program.regions[region].parent
+    birth = [-1] * len(program.values)
+    death = [-1] * len(program.values)
+    for op in program.ops:
+        for v in op.outputs:
+            value = program.values[v]
+            if birth[v] < 0:
+                birth[v] = op.index
+            if op.primitive == LINK and op.params["kind"] == "stack":
+                birth[v] = first_op[op.region]
+            if op.primitive == LINK and op.params["kind"] == "slice":
+                birth[v] = -2  # read in place from the stack
+            death[v] = max(death[v], birth[v])
+            if op.primitive == LINK and op.params["kind"] == "carry_in":
+                death[v] = last_op[value.region]
+        for v in op.inputs:
+            if v < 0:
+                continue
+            until, region = op.index, op.region
+            while region != program.values[v].region and region >= 0:
+                # Used in a loop: needed until the loop ends.
+                until = max(until, last_op[region])
+                region = program.regions[region].parent
+            death[v] = max(death[v], until)
+    for k, v in enumerate(program.outputs):
+        if v >= 0:
+            death[v] = len(program.ops)
+            if traced.out_source[k] >= 0:
+                birth[v] = -2  # written over the argument it replaces
+    for v in program.inputs:
+        birth[v] = -2  # counted as state
+    return tuple(-1 if b < 0 else b for b in birth), tuple(death)
+
+
+def _gradients(program: Program, classes: DimClasses) -> frozenset[int]:
+    found: set[int] = set()
+    for op, rule in zip(
+        reversed(program.ops), reversed(classes.rules), strict=True
+    ):
+        if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient":
+            found.update(op.outputs)
+        if found.intersection(op.outputs) and rule.op_kind in (
+            "elementwise", "move", "link",
+        ) and op.params.get("kind") != "slice":
+            found.update(v for v in op.inputs if v >= 0)
+    return frozenset(found)

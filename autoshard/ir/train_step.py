@@ -1,0 +1,258 @@
+"""The train step: loss, gradients and an optax update, as one plannable function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from autoshard.ir.annotate import mark
+from autoshard.ir.blocks import checkpoint_blocks
+from autoshard.ir.errors import InputError
+
+UPDATE_SCOPE = "autoshard_update"
+"""Name scope of what runs once a step, however many microbatches there are."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "opt_state", "rest"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a train step reads and writes.
+
+    Attributes:
+        step: int32 scalar, number of updates made.
+        params: The trainable parameters, a pytree (a nested dict for an NNX model).
+        opt_state: The optax state.
+        rest: Other variables of the model (batch statistics, RNG state), or {}.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    rest: Any
+
+
+def path_string(path: Any) -> str:
+    """A key path as `params/blocks/q`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """A single-device train step that autoshard can plan and run.
+
+    Make one with `train_step`. Called, it is the plain step:
+    `(state, batch) -> (state, metrics)`.
+
+    Attributes:
+        loss_fn: `(model, batch) -> loss`, a float scalar; for a model that is not
+            NNX, `(params, batch) -> loss`.
+        optimizer: Any optax gradient transformation.
+        model: Builds the model: `(nnx.Rngs) -> nnx.Module` or `(key) -> params`.
+        microbatches: The batch is cut into this many pieces, gradients accumulated.
+        remat: `"none"`, or `"full"` to rematerialise each block.
+    """
+
+    loss_fn: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    model: Callable[..., Any]
+    microbatches: int = 1
+    remat: str = "none"
+
+    def with_schedule(self, *, microbatches: int, remat: str) -> TrainStep:
+        """The same step with another accumulation and rematerialisation."""
+        return replace(self, microbatches=microbatches, remat=remat)
+
+    # -- model -------------------------------------------------------------------
+
+    def _build(self, key: Any) -> Any:
+        if not self._is_nnx:
+            return self.model(key)
+        with nnx.use_eager_sharding(False):
+            return self.model(nnx.Rngs(key))
+
+    @cached_property
+    def _is_nnx(self) -> bool:
+        with nnx.use_eager_sharding(False):
+            try:
+                built = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))
+            except (TypeError, AttributeError):
+                return False
+        return isinstance(built, nnx.Module)
+
+    @cached_property
+    def _abstract(self) -> tuple[Any, Any, Any]:
+        with nnx.use_eager_sharding(False):
+            module = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))
+        return nnx.split(module, nnx.Param, ...)
+
+    @cached_property
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axis names by state path, as the model's annotations give them."""
+        if not self._is_nnx:
+            return {}
+        found = {}
+        for path, variable in nnx.to_flat_state(self._abstract[1]):
+            names = variable.get_metadata().get("out_sharding")
+            if names is not None:
+                key = "/".join(["params", *(str(part) for part in path)])
+                found[key] = tuple(names)
+        return found
+
+    def init(self, seed: int = 0) -> TrainState:
+        """A fresh state; traceable, so it can be jitted with output shardings."""
+        key = jax.random.key(seed)
+        if self._is_nnx:
+            _, params, rest = nnx.split(self._build(key), nnx.Param, ...)
+            params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+        else:
+            params, rest = self._build(key), {}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            rest=rest,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """The state as `jax.ShapeDtypeStruct`s; nothing is computed."""
+        return jax.eval_shape(lambda: self.init(0))
+
+    def _loss(self, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
+        if not self._is_nnx:
+            return self.loss_fn(params, batch), rest
+        graph, params_like, rest_like = self._abstract
+        states = []
+        for like, pure in ((params_like, params), (rest_like, rest)):
+            state = jax.tree.map(lambda x: x, like)
+            nnx.replace_by_pure_dict(state, pure)
+            states.append(state)
+        module = nnx.merge(graph, *states)
+        loss = self.loss_fn(module, batch)
+        return loss, nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])
+
+    # -- the step ----------------------------------------------------------------
+
+    def loss_and_gradients(self, state: TrainState, batch: Any) -> tuple[Any, Any, Any]:
+        """Loss, gradients and other variables of one batch, microbatches included."""
+        loss_fn = self._loss
+        if self.remat == "full":
+            loss_fn = checkpoint_blocks(loss_fn)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def one(rest: Any, batch: Any) -> tuple[Any, Any, Any]:
+            (loss, rest), grads = grad_fn(state.params, rest, batch)
+            if jnp.ndim(loss) != 0:
+                raise InputError(
+                    f"the loss function returned an array of shape {jnp.shape(loss)}; "
+                    "it must return a scalar (take the mean)."
+                )
+            return loss, _marked(grads), rest
+
+        count = self.microbatches
+        if count == 1:
+            loss, grads, rest = one(state.rest, batch)
+            return loss, grads, rest
+        pieces = jax.tree_util.tree_map_with_path(
+            partial(_cut, count=count), batch
+        )
+
+        def body(carry: Any, piece: Any) -> tuple[Any, None]:
+            total, acc, rest = carry
+            loss, grads, rest = one(rest, piece)
+            acc = _marked(jax.tree.map(jnp.add, acc, grads))
+            return (total + loss, acc, rest), None
+
+        zeros = _marked(jax.tree.map(jnp.zeros_like, state.params))
+        start = (jnp.zeros((), jnp.float32), zeros, state.rest)
+        (total, acc, rest), _ = jax.lax.scan(body, start, pieces)
+        with jax.named_scope(UPDATE_SCOPE):
+            grads = jax.tree.map(lambda g: g / count, acc)
+            return total / count, grads, rest
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        loss, grads, rest = self.loss_and_gradients(state, batch)
+        with jax.named_scope(UPDATE_SCOPE):
+            norm = optax.global_norm(grads)
+            updates, opt_state = self.optimizer.update(
+                grads, state.opt_state, state.params
+            )
+            params = optax.apply_updates(state.params, updates)
+            new = TrainState(state.step + 1, params, opt_state, rest)
+        return new, {"loss": loss, "grad_norm": norm}
+
+
+def _marked(grads: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, g: mark(g, "gradient", "params/" + path_string(path)), grads
+    )
+
+
+def _cut(path: Any, x: Any, *, count: int) -> Any:
+    """[batch, ...] -> [count, batch / count, ...], each device keeping its own rows.
+
+    The rows of one microbatch are `count` apart, so a batch sharded over devices is
+    cut without moving a row; the mean over all microbatches is the same.
+    """
+    if x.ndim == 0 or x.shape[0] % count:
+        raise InputError(
+            f"batch leaf {path_string(path)!r} of shape {tuple(x.shape)} cannot be cut "
+            f"into {count} microbatches: its leading dim must be divisible by {count}."
+        )
+    rows = x.shape[0] // count
+    return jnp.moveaxis(x.reshape(rows, count, *x.shape[1:]), 1, 0)
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    model: Callable[..., Any],
+) -> TrainStep:
+    """Makes a train step from a loss function and an optax optimizer.
+
+    Args:
+        loss_fn: `(model, batch) -> loss`; a float scalar, the mean over the batch. For
+            a model that is not NNX the first argument is the parameters.
+        optimizer: Any `optax.GradientTransformation`.
+        model: Builds the model: `(nnx.Rngs) -> nnx.Module`, or `(key) -> params` for
+            any other library.
+
+    Returns:
+        A `TrainStep`: the plain single-device step when called, and what `search` and
+        `parallelize` take.
+
+    Raises:
+        InputError: An argument is not callable or no optax transformation.
+
+    >>> import optax
+    >>> step = train_step(
+    ...     lambda w, x: ((x @ w) ** 2).mean(),
+    ...     optax.sgd(0.1),
+    ...     model=lambda key: jax.random.normal(key, (4, 2)),
+    ... )
+    >>> state, metrics = step(step.init(0), jnp.ones((8, 4)))
+    >>> int(state.step)
+    1
+    """
+    if not callable(loss_fn) or not callable(model):
+        raise InputError(
+            "train_step needs loss_fn=(model, batch) -> loss and "
+            f"model=(rngs) -> Module; got {loss_fn!r} and {model!r}."
+        )
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(
+            f"train_step needs an optax optimizer such as optax.adamw(1e-3); got "
+            f"{optimizer!r}."
+        )
+    return TrainStep(loss_fn=loss_fn, optimizer=optimizer, model=model)

@@ -1,0 +1,1 @@
+"""Kernels with their reference forms, one folder per op; nothing is here yet."""

@@ -1,0 +1,1 @@
+"""Mechanisms lowering uses (pipeline, ring attention, experts); nothing is here yet."""

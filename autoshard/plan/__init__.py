@@ -1,0 +1,1 @@
+"""Plans and strategies (one schema), their files, and clusters."""

@@ -1,0 +1,242 @@
+"""Chip types: what one chip can do, and the network it comes with.
+
+A chip type is one TOML file in `catalogue/`. Every figure in it is an inline table of
+a value and of where the value was published, so that a prediction can be traced to a
+data sheet. To add a chip, add a file: nothing here names one. A file of one's own,
+given by its path, is read by the same schema.
+
+Three kinds of network are told apart, by the levels of `links`, innermost first:
+
+- `gpu`: "node" (a switch inside a node) and "network" (one card a chip between nodes);
+- `tpu`: "ici" (a torus of neighbour links) and "dcn" (the data-center network between
+  slices, which one `Cluster`, being one slice, does not cross);
+- `cpu`: "host" (virtual devices that share memory).
+
+Bandwidths are of one direction, and per chip; of "ici", per link. All are peaks as
+published: what is reached in practice is for the cost model to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from autoshard.ir.errors import InputError, NameUnknownError
+
+Kind = Literal["gpu", "tpu", "cpu"]
+Level = Literal["node", "network", "ici", "dcn", "host"]
+Dtype = Literal["f64", "f32", "bf16", "f16", "f8", "i8"]
+
+LEVELS: dict[Kind, tuple[Level, ...]] = {
+    "gpu": ("node", "network"),
+    "tpu": ("ici", "dcn"),
+    "cpu": ("host",),
+}
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Shape = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class Model(BaseModel):
+    """Frozen, and without fields that the schema does not name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Figure(Model):
+    """A positive number, and where it was published.
+
+    Attributes:
+        value: The number, in the unit that the name of the field ends in.
+        source: The document and, within it, the table or the line.
+
+    >>> Figure(value=989.4e12, source="NVIDIA H100 datasheet (SXM5), dense bf16").value
+    989400000000000.0
+    """
+
+    value: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+    source: _Text
+
+
+class Link(Model):
+    """One level of the network.
+
+    Attributes:
+        level: What the link joins; see the module's docstring.
+        bytes_per_s: One direction, per chip; at level "ici", per link.
+        latency_s: Of one hop, or of one step of a ring.
+        torus_dims: At level "ici" only: how many dims the torus has.
+        max_shape: At level "ici" only: the largest torus there is.
+        wrap_multiple: At level "ici" only: a dim that is a multiple of this is a ring.
+        wrap_whole: At level "ici" only: whether rings need all dims to be multiples.
+        torus_source: At level "ici" only: where these four were published.
+
+    >>> load_type("v5e").links[0].wrap_multiple
+    16
+    """
+
+    level: Level
+    bytes_per_s: Figure
+    latency_s: Figure
+    torus_dims: Literal[2, 3] | None = None
+    max_shape: Shape | None = None
+    wrap_multiple: PositiveInt | None = None
+    wrap_whole: bool | None = None
+    torus_source: _Text | None = None
+
+    @model_validator(mode="after")
+    def _check_torus(self) -> Self:
+        names = ["torus_dims", "max_shape", "wrap_multiple", "wrap_whole"]
+        names.append("torus_source")
+        for name in names:
+            given = getattr(self, name) is not None
+            if given != (self.level == "ici"):
+                needed = "needed" if self.level == "ici" else "not used"
+                raise ValueError(
+                    f'{name} is {needed} in the link of level "{self.level}"'
+                )
+        if self.max_shape and len(self.max_shape) != self.torus_dims:
+            raise ValueError(
+                f"max_shape has {len(self.max_shape)} dims and torus_dims is "
+                f"{self.torus_dims}"
+            )
+        return self
+
+
+class ChipType(Model):
+    """All that is known of one chip and of the system it comes in.
+
+    Attributes:
+        name: What a person writes before the colon: "h100".
+        kind: "gpu", "tpu" or "cpu"; decides the levels of `links`.
+        about: One or two sentences for people.
+        chips_per_node: Chips that share a host.
+        peak_flops_per_s: Per chip and dtype, without sparsity. For "f32", what JAX's
+            default matmul precision runs (TF32 or bf16 passes where the chip has them).
+        hbm_bytes: Memory of one chip.
+        hbm_bytes_per_s: Its bandwidth.
+        links: Levels of the network, innermost first.
+        default_shape: The shape taken when none is asked for.
+
+    >>> load_type("v5p").links[0].torus_dims
+    3
+    """
+
+    name: Annotated[_Text, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")]
+    kind: Kind
+    about: _Text
+    chips_per_node: Figure
+    peak_flops_per_s: Annotated[dict[Dtype, Figure], Field(min_length=1)]
+    hbm_bytes: Figure
+    hbm_bytes_per_s: Figure
+    links: tuple[Link, ...]
+    default_shape: Shape | None = None
+
+    @model_validator(mode="after")
+    def _check_links(self) -> Self:
+        levels = tuple(link.level for link in self.links)
+        if levels != LEVELS[self.kind]:
+            raise ValueError(
+                f'a chip of kind "{self.kind}" has links of the levels '
+                f"{', '.join(LEVELS[self.kind])}, innermost first; these are "
+                f"{', '.join(levels) or 'none'}"
+            )
+        if not self.chips_per_node.value.is_integer():
+            raise ValueError(
+                f"chips_per_node is {self.chips_per_node.value}, not whole"
+            )
+        return self
+
+
+def names() -> list[str]:
+    """Chip types that autoshard ships, sorted.
+
+    >>> "h100" in names()
+    True
+    """
+    files = _catalogue().iterdir()
+    return sorted(f.name.removesuffix(".toml") for f in files if f.name[-5:] == ".toml")
+
+
+def load_type(name_or_path: str) -> ChipType:
+    """Reads one chip type, by its name or from a TOML file of one's own.
+
+    Args:
+        name_or_path: One of `names()`, or a path: it ends in ".toml" or has a "/".
+
+    Raises:
+        NameUnknownError: No chip type has this name.
+        InputError: The file cannot be read, is not TOML, or does not fit the schema.
+
+    >>> load_type("h100").hbm_bytes_per_s.source
+    'NVIDIA H100 datasheet (SXM5), memory bandwidth'
+    """
+    if is_path(name_or_path):
+        where, file = name_or_path, Path(name_or_path)
+    elif name_or_path in names():
+        file = _catalogue() / f"{name_or_path}.toml"
+        where = file.name
+    else:
+        close = difflib.get_close_matches(name_or_path.lower(), names(), 3, 0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise NameUnknownError(
+            f"No chip type is called {name_or_path!r}.{hint} There are "
+            f"{', '.join(names())}; a file of your own is given by its path, as in "
+            "./mine.toml:64."
+        )
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(
+            f"The cluster file {where} cannot be read: {e.strerror}."
+        ) from e
+    except ValueError as e:  # tomllib's error and the one of text that is not UTF-8
+        raise InputError(f"The cluster file {where} is not TOML: {e}.") from e
+    return _parse_type(data, where)
+
+
+def _parse_type(data: dict[str, Any], where: str) -> ChipType:
+    try:
+        return ChipType.model_validate(data)
+    except ValidationError as e:
+        lines = []
+        for error in e.errors():
+            field = ".".join(str(part) for part in error["loc"] if part != "[key]")
+            what = error["msg"].removeprefix("Value error, ")
+            if error["type"] == "missing":
+                what = "is missing"
+            elif error["type"] == "extra_forbidden":
+                what = "is not a field of a cluster file"
+            lines.append(f"  {field}: {what}" if field else f"  {what}")
+        raise InputError(
+            f"The cluster file {where} does not describe a chip type:\n"
+            + "\n".join(lines)
+            + "\nA figure is an inline table with the place it was published in: "
+            'hbm_bytes = { value = 80e9, source = "data sheet" }. The files that '
+            f"autoshard ships ({', '.join(names())}) are examples."
+        ) from e
+
+
+def is_path(name: str) -> bool:
+    """Whether a chip type is given by its path rather than by its name.
+
+    >>> is_path("mine.toml"), is_path("h100")
+    (True, False)
+    """
+    return name.endswith(".toml") or "/" in name or "\\" in name
+
+
+def _catalogue() -> Any:  # a Traversable, whose import place differs by Python version
+    return resources.files("autoshard.plan") / "catalogue"

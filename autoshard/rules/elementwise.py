@@ -1,0 +1,46 @@
+"""Ops that work point by point: every operand has the shape of the result, or none."""
+
+from __future__ import annotations
+
+from autoshard.rules.core import FactorRule, Factors, RuleContext, register
+
+
+def pointwise(ctx: RuleContext, flops: float) -> FactorRule:
+    """The rule of a point-by-point op of any number of operands and results."""
+    factors = Factors()
+    dims = factors.dims(ctx.results[0])
+    return factors.rule(
+        [dims if shape else () for shape in ctx.operands],
+        [dims for _ in ctx.results],
+        "elementwise",
+        flops,
+    )
+
+
+@register(
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2",
+    "atanh", "cbrt", "ceil", "clamp", "complex", "conj", "cos", "cosh", "digamma",
+    "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt",
+    "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic",
+    "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "one_minus_square", "or",
+    "population_count", "pow", "real", "rem", "round", "rsqrt", "select_n",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
+    "sinh", "sqrt", "square", "sub", "tan", "tanh", "threefry2x32", "xor",
+)  # fmt: skip
+def _arithmetic(ctx: RuleContext) -> FactorRule:
+    return pointwise(ctx, 1.0)
+
+
+@register(
+    "autoshard_annotate", "convert_element_type", "copy", "copy_p", "device_put",
+    "name", "reduce_precision", "stop_gradient",
+)  # fmt: skip
+def _identity(ctx: RuleContext) -> FactorRule:
+    return pointwise(ctx, 0.0)
+
+
+@register("optimization_barrier")
+def _barrier(ctx: RuleContext) -> FactorRule:
+    factors = Factors()
+    dims = [factors.dims(shape) for shape in ctx.operands]
+    return factors.rule(dims, dims, "elementwise")

@@ -1,0 +1,108 @@
+"""Gathers, scatters and random bits."""
+
+from __future__ import annotations
+
+from autoshard.rules.core import Dim, FactorRule, Factors, RuleContext, register
+
+
+@register("gather")
+def _gather(ctx: RuleContext) -> FactorRule:
+    """An indexed dim may be sharded: each device answers for the rows it holds.
+
+    The others answer zero, so the results are partial sums over that dim's axes; this
+    is what XLA's partitioner does for an embedding lookup.
+    """
+    numbers = ctx.params["dimension_numbers"]
+    operand, indices = ctx.operands
+    slices = ctx.params["slice_sizes"]
+    factors = Factors()
+    table: list[Dim] = [() for _ in operand]
+    index: list[Dim] = [*factors.dims(indices[:-1]), ()]
+    for a, b in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
+        table[a] = index[b]
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    windows: list[Dim] = []
+    for d, size in enumerate(operand):
+        if d in numbers.operand_batching_dims:
+            continue
+        if d in gone:
+            table[d] = factors.new(size, "reduce")
+        elif slices[d] == size:
+            table[d] = factors.new(size)
+            windows.append(table[d])
+        else:
+            table[d] = factors.new(size, "blocked")
+            windows.append(factors.new(slices[d], "blocked"))
+    rows, window = iter(index[:-1]), iter(windows)
+    out = tuple(
+        next(window) if d in numbers.offset_dims else next(rows)
+        for d in range(len(ctx.results[0]))
+    )
+    index[-1] = factors.new(indices[-1], "blocked")
+    return factors.rule([tuple(table), tuple(index)], [out], "gather")
+
+
+@register(
+    "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul",
+    "scatter_add", "scatter_max", "scatter_min", "scatter_mul",
+)  # fmt: skip
+def _scatter(ctx: RuleContext) -> FactorRule:
+    """The transpose of a gather: updates from sharded rows give partial sums."""
+    numbers = ctx.params["dimension_numbers"]
+    operand, indices, updates = ctx.operands
+    adds = ctx.primitive in ("scatter-add", "scatter_add")
+    factors = Factors()
+    index: list[Dim] = [
+        factors.new(
+            size,
+            "pass" if d in numbers.scatter_indices_batching_dims
+            else "reduce" if adds else "blocked",
+        )
+        for d, size in enumerate(indices[:-1])
+    ]
+    index.append(factors.new(indices[-1], "blocked"))
+    target: list[Dim] = [() for _ in operand]
+    for a, b in zip(
+        numbers.operand_batching_dims,
+        numbers.scatter_indices_batching_dims,
+        strict=True,
+    ):
+        target[a] = index[b]
+    window_dims = iter(numbers.update_window_dims)
+    update: dict[int, Dim] = {}
+    for d, size in enumerate(operand):
+        if d in numbers.operand_batching_dims:
+            continue
+        if d in numbers.inserted_window_dims:
+            target[d] = factors.new(size)
+            continue
+        u = next(window_dims)
+        if updates[u] == size:
+            target[d] = update[u] = factors.new(size)
+        else:
+            target[d] = factors.new(size, "blocked")
+            update[u] = factors.new(updates[u], "blocked")
+    rows = iter(index[:-1])
+    dims = tuple(
+        update[d] if d in update else next(rows) for d in range(len(updates))
+    )
+    return factors.rule(
+        [tuple(target), tuple(index), dims], [tuple(target)], "scatter"
+    )
+
+
+@register(
+    "random_bits", "random_clone", "random_fold_in", "random_seed", "random_split",
+    "random_unwrap", "random_wrap", "rng_bit_generator", "random_gamma",
+)  # fmt: skip
+def _random(ctx: RuleContext) -> FactorRule:
+    """Bits are a function of the key and the position: results shard, keys do not."""
+    factors = Factors()
+    operands = [factors.dims(shape, "blocked") for shape in ctx.operands]
+    free = ctx.primitive in ("random_bits", "random_gamma")
+    kind = "pass" if free else "blocked"
+    return factors.rule(
+        operands, [factors.dims(shape, kind) for shape in ctx.results], "move", 1.0
+    )

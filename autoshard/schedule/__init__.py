@@ -1,0 +1,1 @@
+"""Pipeline schedules as pure tables of tasks; nothing is here yet."""

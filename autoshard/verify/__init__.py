@@ -1,0 +1,1 @@
+"""Holds what the compiler emitted against the plan; nothing is here yet."""
