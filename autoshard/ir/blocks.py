@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import core
 
 from autoshard.ir import _jaxcompat
+from autoshard.ir.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def checkpoint_blocks(fn: Callable[..., Any]) -> Callable[..., Any]:
         The same function; differentiated, it keeps only what crosses block borders.
 
     Raises:
-        ValueError: No block repeats in `fn`.
+        InputError: No block repeats in `fn`.
 
     >>> import jax.numpy as jnp
     >>> def fn(w, x):
@@ -164,7 +165,7 @@ def _run_checkpointed(jaxpr: Any, args: list[Any]) -> list[Any]:
             [_signature(e) for e in opened.eqns], _crossing_bytes(opened)
         )
         if repeat is None:
-            raise ValueError(
+            raise InputError(
                 "remat = 'full' rematerialises the repeated blocks of a model, but no "
                 "block repeats in this loss function; use remat = 'none'."
             )

@@ -68,20 +68,22 @@ class Decoder(nnx.Module):
         make = ParamFactory(rngs=rngs, dtype=dtype)
         self.config = config
         self.embedding = make.normal(INIT_STD, vocab=config.vocab, embed=config.embed)
-        self.positions = None
-        if config.positions == "learned":
-            self.positions = make.normal(
-                INIT_STD, position=config.max_seq, embed=config.embed
-            )
+        self.positions = (
+            make.normal(INIT_STD, position=config.max_seq, embed=config.embed)
+            if config.positions == "learned"
+            else None
+        )
         if config.scan_layers:
             stacked = ParamFactory(rngs=rngs, dtype=dtype, layers=config.layers)
             self.blocks = Block(config, stacked)
         else:
             self.blocks = nnx.List([Block(config, make) for _ in range(config.layers)])
         self.final_norm = Norm(config, make)
-        self.head = None
-        if not config.tied_head:
-            self.head = make.normal(INIT_STD, embed=config.embed, vocab=config.vocab)
+        self.head = (
+            None
+            if config.tied_head
+            else make.normal(INIT_STD, embed=config.embed, vocab=config.vocab)
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Predict the token after each position.

@@ -269,13 +269,13 @@ class _Propagation:
             result = self._gradient_dims(op)
             axes = _factors_from(rule, rule.results[0], result)
             result_stored = result != self.value_dims(op.outputs[0], None)
-        elif stored and rule.op_kind in ("elementwise", "move"):
+        elif stored and rule.op_kind in ("elementwise", "move", "reduce"):
             most = max(stored, key=lambda v: sum(len(d) for d in self.stored[v]))
             slot = op.inputs.index(most)
             axes = _factors_from(rule, rule.operands[slot], self.stored[most])
-            result_stored = _projects(rule, slot, self.stored[most])
-            if not result_stored:
-                axes = self._op_axes(op, rule)
+            result_stored = True
+            if not _used(rule, slot, self.stored[most]):
+                axes, result_stored = self._op_axes(op, rule), False
         else:
             axes = self._op_axes(op, rule)
         self.factor_axes.append(axes)
@@ -303,9 +303,10 @@ class _Propagation:
             natural = _natural(
                 rule, _factors_from(rule, rule.operands[0], self.specs[source])
             )[0]
-            wanted = self.targets.get(target) or self.value_dims(target, natural)
-            if source in self.stored:
-                wanted = natural
+            wanted = self.targets.get(target)
+            if wanted is None:
+                stored = source in self.stored
+                wanted = natural if stored else self.value_dims(target, natural)
         return _factors_from(rule, rule.results[0], wanted)
 
     def _op_axes(self, op: Op, rule: FactorRule) -> Dims:
@@ -371,9 +372,9 @@ class _Propagation:
                 if result_stored:
                     self.specs[value] = natural
                 else:
-                    self.specs[value] = self.targets.get(value) or self.value_dims(
-                        value, natural
-                    )
+                    self.specs[value] = self.value_dims(value, natural)
+                if value in self.targets:
+                    self.specs[value] = self.stored[value] = self.targets[value]
             if result_stored and self.specs[value] == natural:
                 self.stored[value] = natural
             if makes_free and self.program.values[value].shape:
@@ -452,7 +453,7 @@ class _Propagation:
             most = max(mine, key=lambda v: sum(len(d) for d in stored[v]))
             slot = op.inputs.index(most)
             axes = _factors_from(rule, rule.operands[slot], stored[most])
-            if not _projects(rule, slot, stored[most]):
+            if not _used(rule, slot, stored[most]):
                 continue
             natural = _natural(rule, axes)
             for value, dims in zip(op.outputs, natural, strict=True):
@@ -513,8 +514,10 @@ def _natural(rule: FactorRule, axes: Dims) -> list[Dims]:
     ]
 
 
-def _projects(rule: FactorRule, slot: int, spec: Dims) -> bool:
-    """Whether every axis of an operand's spec reaches the (only) result."""
+def _used(rule: FactorRule, slot: int, spec: Dims) -> bool:
+    """Whether an op can run with an operand's spec as it is.
+
+    Every axis must lie on a factor that a device may hold a part of.
+    """
     axes = _factors_from(rule, rule.operands[slot], spec)
-    there = {a for dim in _natural(rule, axes)[0] for a in dim}
-    return {a for dim in spec for a in dim} <= there
+    return {a for dim in axes for a in dim} >= {a for dim in spec for a in dim}

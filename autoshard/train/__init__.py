@@ -3,12 +3,10 @@
 Importing this package does not import Orbax; opening a checkpoint directory does.
 """
 
-from autoshard.train.checkpoint import Checkpoints
-from autoshard.train.checkpoint import Restored
-from autoshard.train.checkpoint import tree_checksums
+from autoshard.train.checkpoint import Checkpoints, Restored
+from autoshard.train.checksum import tree_checksums
 from autoshard.train.data import ByteCorpus
-from autoshard.train.trainer import Trainer
-from autoshard.train.trainer import TrainResult
+from autoshard.train.trainer import Trainer, TrainResult
 
 __all__ = [
     "ByteCorpus",

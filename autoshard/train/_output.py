@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from autoshard.ir.errors import InputError, OutputError
 from autoshard.plan.files import check_writable, write_atomically
@@ -115,7 +120,7 @@ class Reporter:
         self._quiet = quiet
         self._bar: Progress | None = None
         if log is None and not quiet and sys.stderr.isatty():
-            self._bar = Progress(
+            bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
@@ -123,8 +128,9 @@ class Reporter:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=total, completed=first)
-            self._bar.start()
+            self._task = bar.add_task("", total=total, completed=first)
+            bar.start()
+            self._bar = bar
 
     def message(self, text: str) -> None:
         """Shows a line that is not about a single step."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -22,9 +21,6 @@ class StopRequest:
     The second one acts as it would have acted without this. Outside the main thread,
     where Python does not let a program handle signals, nothing is changed.
 
-    Args:
-        on_first: Called with the signal's name when the first one comes.
-
     Attributes:
         signum: The signal that asked to stop, or None.
 
@@ -34,9 +30,8 @@ class StopRequest:
     True
     """
 
-    def __init__(self, on_first: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self) -> None:
         self.signum: int | None = None
-        self._on_first = on_first
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -55,8 +50,8 @@ class StopRequest:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
+            # No message from here: the signal may have come amid a write of one.
             self.signum = signum
-            self._on_first(signal.Signals(signum).name)
             return
         self._give_back()
         signal.raise_signal(signum)
@@ -96,16 +91,9 @@ class Agreement:
         Returns:
             An int32 scalar still being computed, 0 when nobody is to stop.
         """
+        # int32 and 0, not int | None: this one travels through the devices.
         own = np.asarray([signum or 0], np.int32)
         sent = jax.make_array_from_callback(
             (self._count,), self._sharding, lambda _: own
         )
         return self._largest(sent)
-
-
-class LocalAgreement:
-    """The same for a single process, which agrees with itself at once."""
-
-    def start(self, signum: int | None) -> int:
-        """The signal as an int, 0 for none."""
-        return signum or 0

@@ -1,10 +1,8 @@
 """Checkpoints that are verified when they are read, and refuse to mix two runs.
 
 Orbax writes them: asynchronously, a step appearing only when it is complete. Orbax does
-not check the data it reads, so every leaf's checksum is saved beside it and compared
-after a restore. The checksum is computed by the devices from the global array and does
-not depend on how the array is sharded: nothing is gathered, and a checkpoint is verified
-equally when it is restored onto another mesh.
+not check the data it reads, so every leaf's checksum (see `autoshard.train.checksum`)
+is saved beside it and compared after a restore, whatever mesh it is restored onto.
 """
 
 from __future__ import annotations
@@ -17,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from autoshard.ir.errors import CheckpointError, OutputError
-from autoshard.ir.train_step import path_string
 from autoshard.train._output import log_to_stderr
+from autoshard.train.checksum import leaves_by_path, tree_checksums
 
 _STEP_MARK = "_CHECKPOINT_METADATA"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -66,6 +63,7 @@ class Checkpoints:
         OutputError: The directory cannot be made or is a file.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> state = {"w": jnp.arange(4.0)}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     run = Checkpoints(folder, identity={"seed": 0}, plan={})
@@ -102,7 +100,8 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.log = log or log_to_stderr
         self._identity = dict(identity)
-        self._plan = plan
+        # As it will be read back, lists for tuples, so that the digest agrees.
+        self._plan = json.loads(json.dumps(plan))
         steps = _completed_steps(self.directory, ignore)
         if steps:
             self._check_identity(steps)
@@ -145,7 +144,7 @@ class Checkpoints:
         Raises:
             CheckpointError: The save, or the one before it, could not be written.
         """
-        leaves = _by_path(state)
+        leaves = leaves_by_path(state)
         record = {
             "schema_version": 1,
             "step": step,
@@ -223,7 +222,7 @@ class Checkpoints:
     ) -> tuple[Restored | None, str]:
         try:
             record = _read_record(self.directory / str(step))
-            targets = _by_path(abstract_state)
+            targets = leaves_by_path(abstract_state)
             state = self._manager.restore(
                 step,
                 args=self._args.Composite(state=self._args.StandardRestore(targets)),
@@ -281,83 +280,6 @@ class Checkpoints:
             f"a checkpoint could not be written to {self.directory}: {error} Check the "
             "space and the permissions there; completed checkpoints are unharmed."
         )
-
-
-def tree_checksums(tree: Any) -> dict[str, str]:
-    """A 64-bit checksum per leaf, by path; the same however the leaf is sharded.
-
-    Each 32-bit word is hashed together with its position by a bijection of the word,
-    and the hashes are summed modulo 2**32, twice. Sums of integers do not depend on
-    their order, so the devices add up what they hold. A change within one word is
-    always found, any other with probability 1 - 2**-64.
-
-    Args:
-        tree: Pytree of arrays of any dtype, typed random keys included.
-
-    Returns:
-        16 hex digits by leaf path.
-
-    >>> tree_checksums({"w": jnp.zeros(3)}) == tree_checksums({"w": -jnp.zeros(3)})
-    False
-    """
-    leaves = _by_path(tree)
-    if not leaves:
-        return {}
-    sums = jax.device_get(_leaf_sums(list(leaves.values())))
-    return {
-        path: f"{int(np.asarray(low)):08x}{int(np.asarray(high)):08x}"
-        for path, (low, high) in zip(leaves, sums, strict=True)
-    }
-
-
-@jax.jit
-def _leaf_sums(leaves: list[Any]) -> list[Any]:
-    return [_leaf_sum(leaf) for leaf in leaves]
-
-
-def _leaf_sum(x: Any) -> tuple[Any, Any]:
-    words = _words(x)
-    # Sums and odd products modulo 2**32 instead of a flat index: arrays beyond 2**32
-    # elements need no 64-bit integers, which JAX does not have by default.
-    position = jnp.full(words.shape, words.ndim, jnp.uint32)
-    for dim in range(words.ndim):
-        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
-        position = _avalanche(position * jnp.uint32(0x9E3779B1) + index)
-    low = jnp.sum(_avalanche(words ^ position), dtype=jnp.uint32)
-    other = _avalanche(position ^ jnp.uint32(0x5BD1E995))
-    high = jnp.sum(_avalanche(words + other), dtype=jnp.uint32)
-    return low, high
-
-
-def _words(x: Any) -> Any:
-    """The bits of an array as uint32, with one more dim for wider dtypes."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return _words(jax.random.key_data(x))
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return jnp.stack([_words(x.real), _words(x.imag)], axis=-1)
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    bits = jnp.finfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.floating) else (
-        jnp.iinfo(x.dtype).bits
-    )
-    if bits >= 32:
-        return jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
-
-
-def _avalanche(x: Any) -> Any:
-    """A bijection of uint32 that spreads every bit (the finalizer of MurmurHash3)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """Leaves by path, in the order of the tree; the form in which a state is saved."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    leaves = {path_string(path): leaf for path, leaf in flat}
-    assert len(leaves) == len(flat), "two leaves of a state have the same path"
-    return leaves
 
 
 def _completed_steps(directory: Path, ignore: tuple[Path, ...]) -> list[int]:

@@ -92,7 +92,7 @@ class ByteCorpus:
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the text, `seq`, `batch` and `seed`: equal means same data."""
-        text = hashlib.sha256(self._text).hexdigest()
+        text = hashlib.sha256(memoryview(self._text)).hexdigest()
         parts = {"text": text, "seq": self.seq, "batch": self.batch, "seed": self.seed}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

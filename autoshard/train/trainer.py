@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,8 +15,8 @@ import jax
 
 from autoshard.ir.errors import AutoshardError, InputError
 from autoshard.train._output import MetricsFile, Reporter
-from autoshard.train._signals import Agreement, LocalAgreement, StopRequest
-from autoshard.train.checkpoint import Checkpoints
+from autoshard.train._signals import Agreement, StopRequest
+from autoshard.train.checkpoint import Checkpoints, Restored
 
 LOG_EVERY = 10
 """Steps per line of progress where there is no terminal."""
@@ -54,7 +55,9 @@ class Step(Protocol):
         """A fresh state on the devices."""
         ...
 
-    def __call__(self, state: Any, batch: Any, /) -> tuple[Any, Any]: ...
+    def __call__(self, state: Any, batch: Any, /) -> tuple[Any, Any]:
+        """The new state, and the metrics `loss` and `grad_norm`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +140,8 @@ class Trainer:
                 )
         if peak_flops_per_s is not None and not peak_flops_per_s > 0:
             raise InputError(
-                f"peak_flops_per_s={peak_flops_per_s} was passed to Trainer; it must be "
-                "> 0, or None for chips whose peak is not known."
+                f"peak_flops_per_s={peak_flops_per_s} was passed to Trainer; it must "
+                "be > 0, or None for chips whose peak is not known."
             )
         if resume and checkpoint_dir is None:
             raise InputError(
@@ -208,10 +211,11 @@ class _Loop:
         restored = None
         if t._directory is not None:
             metrics = () if t._metrics_path is None else (t._metrics_path,)
+            plan = t._step.plan.model_dump(mode="json")
             self._checkpoints = Checkpoints(
                 t._directory,
                 identity=t.identity(),
-                plan=t._step.plan.model_dump(mode="json"),
+                plan=plan,
                 resume=t._resume,
                 keep=t._keep,
                 ignore=metrics,
@@ -220,16 +224,12 @@ class _Loop:
             stack.callback(self._checkpoints.close)
             if t._resume:
                 restored = self._checkpoints.restore(t._step.abstract_state)
-                messages.append(
-                    f"no checkpoint in {t._directory} yet; beginning at step 0"
-                    if restored is None
-                    else f"resumed {t._directory} at step {restored.step}"
-                )
+                messages.append(_resumed(t._directory, restored, plan))
         self._first = self._done = 0 if restored is None else restored.step
         if self._first > t._steps:
             raise InputError(
-                f"the checkpoint in {t._directory} is at step {self._first}, beyond the "
-                f"steps={t._steps} that were asked; ask for more steps."
+                f"the checkpoint in {t._directory} is at step {self._first}, beyond "
+                f"the steps={t._steps} that were asked; ask for more steps."
             )
         self._saved = None if restored is None else restored.step
         self._metrics: MetricsFile | None = None
@@ -248,42 +248,131 @@ class _Loop:
         stack.callback(self._reporter.close)
         for message in messages:
             self._reporter.message(message)
-        self._stop = stack.enter_context(StopRequest(self._stopping))
-        self._agreement: Agreement | LocalAgreement = (
-            LocalAgreement() if jax.process_count() == 1 else Agreement(t._step.mesh)
-        )
+        self._stop = stack.enter_context(StopRequest())
+        # A single process needs nobody's agreement and stops a step earlier.
+        self._agreement = Agreement(t._step.mesh) if jax.process_count() > 1 else None
+        self._agreed_signum = 0
         self._state = t._step.init(t._seed) if restored is None else restored.state
         self._losses: list[float] = []
         self._durations_s: list[float] = []
-        self._signum = 0
-        self._safe_to_save = True
+        self._clock_s = time.perf_counter()
 
     def run(self) -> TrainResult:
         t = self._t
         pending: tuple[int, Any, Any] | None = None
-        self._clock_s = time.perf_counter()
+        due = False
         while self._done < t._steps and not self._signum:
+            flag = None
+            if self._agreement is not None:
+                flag = self._agreement.start(self._stop.signum)
             batch = t._data.device_batch(self._done, t._step.batch_shardings)
-            flag = self._agreement.start(self._stop.signum)
             self._state, metrics = t._step(self._state, batch)
-            dispatched = (self._done, metrics, flag)
+            before, pending = pending, (self._done, metrics, flag)
             self._done += 1
-            if pending is not None:
-                self._report(*pending)
-            pending = dispatched
-            if self._done % t._every == 0 or self._done == t._steps or self._due:
-                # A loss must be known to be finite before its state is saved.
+            if before is not None:
+                self._report(*before)
+            due = due or self._done % t._every == 0
+            if due and self._checkpoints is not None:
+                # The loss must be known to be finite before its state is saved.
                 self._report(*pending)
                 pending = None
-                self._save()
+                due = not self._save(self._checkpoints)
         if pending is not None:
             self._report(*pending)
-        if self._saved != self._done and self._done > self._first:
-            self._save()
         if self._checkpoints is not None:
+            if self._saved != self._done and self._done > self._first:
+                self._save(self._checkpoints)
             self._checkpoints.wait()
-        return self._result()
+        stopped = self._signum if self._done < t._steps else 0
+        if stopped:
+            name = signal.Signals(stopped).name
+            kept = (
+                "nothing was saved, as there is no checkpoint directory"
+                if self._checkpoints is None
+                else f"resume to go on from step {self._saved or 0}"
+            )
+            self._reporter.message(
+                f"stopped by {name} after step {self._done}/{t._steps}; {kept}"
+            )
+        return self._result(stopped or None)
 
     @property
-    def _due(self) -> bool:
-        return not self._safe_to_save
+    def _signum(self) -> int:
+        if self._agreement is not None:
+            return self._agreed_signum
+        return self._stop.signum or 0
+
+    def _report(self, index: int, metrics: Any, flag: Any) -> None:
+        """Waits for one step and writes down what it gave."""
+        loss, self._grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if flag is not None:
+            self._agreed_signum = self._agreed_signum or int(flag)
+        if not math.isfinite(loss):
+            kept = "No checkpoint was written"
+            if self._saved is not None:
+                kept = f"The last checkpoint is of step {self._saved}"
+            raise AutoshardError(
+                f"the loss of step {index} is {loss}, so training was stopped. {kept}. "
+                "Lower the learning rate, clip the gradients, or look at the batch of "
+                "that step."
+            )
+        now_s = time.perf_counter()
+        step_s, self._clock_s = now_s - self._clock_s, now_s
+        self._losses.append(loss)
+        self._durations_s.append(step_s)
+        tokens_per_s, mfu = self._rates(1, step_s)
+        record = {
+            "step": index,
+            "loss": loss,
+            "grad_norm": self._grad_norm if math.isfinite(self._grad_norm) else None,
+            "tokens_per_s": tokens_per_s,
+            "mfu": mfu,
+            "step_s": step_s,
+        }
+        if self._metrics is not None:
+            self._metrics.write(record)
+        self._reporter.step(record)
+
+    def _save(self, checkpoints: Checkpoints) -> bool:
+        """Saves the state of the last step; whether it was fit to be saved."""
+        if not math.isfinite(self._grad_norm):
+            self._reporter.message(
+                f"no checkpoint at step {self._done}: its gradient norm is "
+                f"{self._grad_norm}, so its parameters may not be finite"
+            )
+            return False
+        checkpoints.save(self._done, self._state)
+        self._saved = self._done
+        self._clock_s = time.perf_counter()  # a step's time is without the save's
+        return True
+
+    def _rates(self, steps: int, duration_s: float) -> tuple[float, float | None]:
+        t = self._t
+        tokens_per_s = steps * t._data.tokens_per_step / duration_s
+        if t._peak_flops_per_s is None:
+            return tokens_per_s, None
+        flops = steps * t._step.plan.predicted.model_flops
+        return tokens_per_s, flops / (duration_s * t._peak_flops_per_s)
+
+    def _result(self, stopped: int | None) -> TrainResult:
+        durations_s = self._durations_s[1:] or self._durations_s
+        tokens_per_s = mfu = None
+        if durations_s:
+            tokens_per_s, mfu = self._rates(len(durations_s), sum(durations_s))
+        return TrainResult(
+            losses=self._losses,
+            first_step=self._first,
+            last_step=self._done,
+            stopped_by_signal=stopped,
+            tokens_per_s=tokens_per_s,
+            mfu=mfu,
+        )
+
+
+def _resumed(directory: Path, restored: Restored | None, plan: Any) -> str:
+    if restored is None:
+        return f"no checkpoint in {directory} yet; beginning at step 0"
+    text = f"resumed {directory} at step {restored.step}"
+    if restored.plan != plan:
+        text += " with another plan: losses go on as before only up to rounding"
+    return text

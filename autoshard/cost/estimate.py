@@ -1,0 +1,157 @@
+"""The estimate of one plan, with every collective and the memory table spelled out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from autoshard.cost.collectives import Meshes
+from autoshard.cost.price import MEMORY_HEADROOM, Pricer
+from autoshard.cost.work import Work
+from autoshard.ir.mesh import AXES
+from autoshard.ir.program import Program
+from autoshard.ir.trace import Traced
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.schema import Collective, Estimate, MemoryTable
+from autoshard.propagate.classes import DimClasses
+from autoshard.propagate.sharded import OUTPUT
+
+
+def model_flops(work: Work, classes: DimClasses) -> float:
+    """FLOPs of the matrix products of one call, counted on one device.
+
+    Trace without rematerialisation, so that nothing is counted twice.
+    """
+    return sum(
+        runs * flops
+        for runs, flops, rule in zip(work.runs, work.flops, classes.rules, strict=True)
+        if rule.op_kind == "matmul"
+    )
+
+
+def tokens_per_step(traced: Traced) -> int:
+    """Batch positions of one step: batch times sequence where there are token ids."""
+    best = 0
+    for info in traced.inputs:
+        if info.state == "data" and info.shape:
+            size = info.shape[0]
+            if len(info.logical) > 1 and info.logical[1] == "seq":
+                size *= info.shape[1]
+            best = max(best, size)
+    return best
+
+
+def matmul_dtype(program: Program, classes: DimClasses, work: Work) -> str:
+    """The dtype in which most of the products' FLOPs are done."""
+    share: dict[str, float] = defaultdict(float)
+    for op, rule in zip(program.ops, classes.rules, strict=True):
+        if rule.op_kind == "matmul":
+            dtype = str(program.values[op.inputs[0]].dtype)
+            share[dtype] += work.runs[op.index] * work.flops[op.index]
+    return max(share, key=lambda d: share[d]) if share else "float32"
+
+
+def estimate(
+    pricer: Pricer, cluster: Cluster, sizes: dict[str, int], flops: float
+) -> Estimate:
+    """Prices one plan in full.
+
+    Args:
+        pricer: The program as it will run, microbatches and remat included.
+        cluster: Where it runs.
+        sizes: Size per mesh axis.
+        flops: Model FLOPs of one step, see `model_flops`.
+
+    Returns:
+        The estimate.
+    """
+    row = np.array([[sizes.get(axis, 1) for axis in AXES]], dtype=np.int64)
+    ones = np.ones(1)
+    prices = pricer.price(cluster, row, ones)
+    meshes = Meshes(cluster, row)
+    _, memory = pricer.memory(meshes, ones)
+    step_s = float(prices.step_s[0])
+    dtype = matmul_dtype(pricer.program, pricer.sharded.classes, pricer.work)
+    peak = cluster.peak_flops_per_s(dtype) * cluster.num_chips
+    held = {kind: round(float(size[0])) for kind, size in memory.items()}
+    total = sum(held.values())
+    return Estimate(
+        step_s=step_s,
+        matmul_s=float(prices.matmul_s[0]),
+        memory_bound_s=float(prices.other_s[0]),
+        collective_s=float(prices.collective_s[0]),
+        model_flops=flops,
+        mfu=flops / (step_s * peak) if step_s else 0.0,
+        tokens_per_s=(
+            tokens_per_step(pricer.sharded.traced) / step_s if step_s else 0.0
+        ),
+        memory=MemoryTable(
+            params=held.get("params", 0),
+            gradients=held.get("gradients", 0),
+            optimizer=held.get("optimizer", 0),
+            activations=held.get("activations", 0),
+            other=held.get("other", 0) + held.get("data", 0),
+            total=total,
+            capacity=round(cluster.hbm_bytes * MEMORY_HEADROOM),
+        ),
+        collectives=tuple(_collectives(pricer, meshes)),
+    )
+
+
+def _collectives(pricer: Pricer, meshes: Meshes) -> list[Collective]:
+    program, traced = pricer.program, pricer.sharded.traced
+    paths = dict(zip(program.inputs, (i.path for i in traced.inputs), strict=True))
+    names = _descendants(pricer, paths)
+    found = []
+    for index, reshard in enumerate(pricer.moves):
+        op = program.ops[reshard.op] if reshard.op != OUTPUT else None
+        for step, time, size, runs in pricer.collective(index, meshes, np.ones(1)):
+            axes = tuple(a for a in step.axes if meshes.product(frozenset([a]))[0] > 1)
+            if not axes or step.kind == "slice":
+                continue
+            value = names.get(reshard.value)
+            if value is None and op is not None:
+                value = f"{op.primitive} {reshard.slot}"
+            if op is None:
+                source = traced.out_source[int(reshard.slot[3:])]
+                value = traced.inputs[source].path
+            found.append(
+                Collective(
+                    kind=step.kind,
+                    axes=axes,
+                    bytes_=round(float(size[0])),
+                    count=round(float(runs[0])),
+                    time_s=float(time[0]),
+                    source=op.source if op else "end of the step",
+                    address=op.address if op else "output",
+                    value=value or "",
+                )
+            )
+    return sorted(found, key=lambda c: (-c.time_s, c.address, c.kind))
+
+
+def _descendants(pricer: Pricer, paths: dict[int, str]) -> dict[int, str]:
+    """Names of values that descend from state point by point, for reports."""
+    names = dict(paths)
+    for op in pricer.program.ops:
+        if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient":
+            names[op.outputs[0]] = f"gradient of {op.params['path']}"
+            continue
+        single = [v for v in op.inputs if v >= 0]
+        if (
+            len(single) == 1
+            and single[0] in names
+            and op.primitive in ("link", "convert_element_type", "copy", "transpose")
+        ):
+            names[op.outputs[0]] = names[single[0]]
+    for op in reversed(pricer.program.ops):
+        name = names.get(op.outputs[0]) if op.outputs else None
+        if name and name.startswith("gradient of "):
+            if op.primitive in (
+                "autoshard_annotate", "link", "convert_element_type", "transpose",
+            ):
+                for v in op.inputs:
+                    if v >= 0:
+                        names.setdefault(v, name)
+    return names

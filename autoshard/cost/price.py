@@ -1,0 +1,320 @@
+"""Pricing many meshes of one sharded program at once.
+
+One `Pricer` holds a program with a layout; `price` evaluates any number of mesh sizes
+and microbatch counts as NumPy vectors, so thousands of candidates cost what one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autoshard.cost.collectives import Meshes, Vector
+from autoshard.cost.work import Work
+from autoshard.ir.mesh import AXES
+from autoshard.plan.cluster import Cluster
+from autoshard.propagate.sharded import OUTPUT, Dims, Reshard, ShardedProgram
+
+MATMUL_EFFICIENCY = 0.75
+"""Share of peak that large matrix products reach on average; the best single shapes
+reach 0.78-0.87 on H100, B200 and A100 (github.com/stas00/ml-engineering,
+compute/accelerator, maximum achievable matmul FLOPS)."""
+
+HBM_EFFICIENCY = 0.85
+"""Share of memory bandwidth that streaming kernels reach (BabelStream on A100 and H100
+prints 85-92 %)."""
+
+MEMORY_HEADROOM = 0.94
+"""Share of memory that a program may use; the rest is runtime, communication buffers
+and fragmentation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One collective of a reshard.
+
+    Attributes:
+        kind: As in `plan.schema.Collective`.
+        axes: Mesh axes it runs over.
+        large: Axes that shard its larger side, which the volume is counted from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    large: frozenset[str]
+
+
+def steps_of(reshard: Reshard) -> list[Step]:
+    """The collectives that carry out a reshard, in order.
+
+    Partial sums are scattered over the axes that the target shards, then summed over
+    the others; an axis that changes dims is exchanged; one that goes is gathered.
+    """
+    source = {a: d for d, dim in enumerate(reshard.source) for a in dim}
+    target = {a: d for d, dim in enumerate(reshard.target) for a in dim}
+    steps: list[Step] = []
+    now = frozenset(source)
+    scatter = tuple(a for a in AXES if a in reshard.unreduced and a in target)
+    reduce = tuple(a for a in AXES if a in reshard.unreduced and a not in target)
+    if scatter:
+        steps.append(Step("reduce_scatter", scatter, now))
+        now |= set(scatter)
+    if reduce:
+        steps.append(Step("all_reduce", reduce, now))
+    moved = tuple(a for a in AXES if a in source and target.get(a, -1) not in
+                  (-1, source[a]))
+    if moved:
+        steps.append(Step("all_to_all", moved, now))
+    sliced = tuple(a for a in AXES if a in target and a not in now)
+    if sliced:
+        steps.append(Step("slice", sliced, now))
+        now |= set(sliced)
+    gathered = tuple(a for a in AXES if a in source and a not in target)
+    if gathered:
+        steps.append(Step("all_gather", gathered, now - set(gathered)))
+    return steps
+
+
+def axes_of(dims: Dims) -> frozenset[str]:
+    """All axes of a spec."""
+    return frozenset(a for dim in dims for a in dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Costs per candidate, each a float64 vector.
+
+    Attributes:
+        matmul_s: Seconds in matrix products.
+        other_s: Seconds in everything else a chip computes.
+        collective_s: Seconds in collectives, none overlapped.
+        peak_bytes: Bytes per device at the peak.
+    """
+
+    matmul_s: Vector
+    other_s: Vector
+    collective_s: Vector
+    peak_bytes: Vector
+
+    @property
+    def step_s(self) -> Vector:
+        """Seconds per step."""
+        return self.matmul_s + self.other_s + self.collective_s
+
+
+class Pricer:
+    """Prices meshes for a program with a layout.
+
+    Args:
+        sharded: The program, traced without microbatches.
+        work: Its facts, from `analyse`.
+    """
+
+    def __init__(self, sharded: ShardedProgram, work: Work) -> None:
+        self.sharded = sharded
+        self.work = work
+        self.program = sharded.traced.program
+        self.moves = unique_moves(sharded)
+
+    def price(
+        self,
+        cluster: Cluster,
+        sizes: np.ndarray[Any, np.dtype[np.int64]],
+        microbatches: Vector,
+    ) -> Prices:
+        """Prices candidates.
+
+        Args:
+            cluster: Where they run.
+            sizes: int64[candidate, axis] in the order of `AXES`.
+            microbatches: float64[candidate]; pieces the batch is cut into.
+
+        Returns:
+            Costs per candidate.
+
+        Raises:
+            InputError: The chip has no peak for a dtype the program multiplies in.
+        """
+        meshes = Meshes(cluster, sizes)
+        matmul, other = self._compute(meshes, microbatches)
+        collective = np.zeros(len(meshes))
+        for index in range(len(self.moves)):
+            for _, time, _, _ in self.collective(index, meshes, microbatches):
+                collective += time
+        peak, _ = self.memory(meshes, microbatches)
+        return Prices(matmul, other, collective, peak)
+
+    def local_bytes(
+        self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
+    ) -> Vector:
+        """Bytes of a value on one device, in one microbatch."""
+        whole = self.program.values[value].bytes_ / meshes.product(axes)
+        return whole / cuts if self.work.batched[value] else whole
+
+    # -- time --------------------------------------------------------------------
+
+    def _compute(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector]:
+        cluster, work = meshes.cluster, self.work
+        rate = cluster.hbm_bytes_per_s * HBM_EFFICIENCY
+        matmul, other = np.zeros(len(meshes)), np.zeros(len(meshes))
+        for op, rule, axes in zip(
+            self.program.ops, self.sharded.classes.rules, self.sharded.factor_axes,
+            strict=True,
+        ):
+            if rule.op_kind in ("link", "data"):
+                continue
+            repeats = work.runs[op.index] * (1.0 if work.update[op.index] else cuts)
+            moved = self._op_bytes(op, rule, axes, meshes, cuts)
+            traffic = moved / rate
+            if rule.op_kind == "matmul":
+                split = meshes.product(axes_of(axes))
+                flops = work.flops[op.index] / split
+                if work.batched_op[op.index]:
+                    flops = flops / cuts
+                dtype = str(self.program.values[op.inputs[0]].dtype)
+                peak = cluster.peak_flops_per_s(dtype) * MATMUL_EFFICIENCY
+                matmul += repeats * np.maximum(flops / peak, traffic)
+            else:
+                other += repeats * traffic
+        # Microbatches: read the sum, read the new gradient, write the sum.
+        for value in self._gradient_leaves():
+            size = self.local_bytes(
+                value, axes_of(self.sharded.specs[value]), meshes, np.ones(1)
+            )
+            other += np.where(cuts > 1, cuts * 3 * size / rate, 0.0)
+        return matmul, other
+
+    def _op_bytes(
+        self, op: Any, rule: Any, axes: Dims, meshes: Meshes, cuts: Vector
+    ) -> Vector | float:
+        """HBM traffic of one run: what is read from and written to memory."""
+        total: Vector | float = 0.0
+        if rule.op_kind in ("gather", "scatter"):
+            # Only the rows touched move, not the table.
+            touched = op.outputs[0] if rule.op_kind == "gather" else op.inputs[2]
+            held = axes_of(self.sharded.specs[touched])
+            return 2 * self.local_bytes(touched, held, meshes, cuts)
+        slots = (
+            *zip(op.inputs, rule.operands, strict=True),
+            *zip(op.outputs, rule.results, strict=True),
+        )
+        for value, dims in slots:
+            if value < 0 or not self.work.materialised[value]:
+                continue
+            held = axes_of(tuple(axes[d[0]] if d else () for d in dims))
+            total = total + self.local_bytes(value, held, meshes, cuts)
+        return total
+
+    def _gradient_leaves(self) -> list[int]:
+        return [
+            op.outputs[0]
+            for op in self.program.ops
+            if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient"
+        ]
+
+    def collective(
+        self, index: int, meshes: Meshes, cuts: Vector
+    ) -> list[tuple[Step, Vector, Vector, Vector]]:
+        """`(step, seconds per step of training, bytes of one run, runs)` of a move."""
+        reshard = self.moves[index]
+        runs = np.ones(len(meshes))
+        if reshard.op != OUTPUT:
+            op = self.program.ops[reshard.op]
+            runs = runs * self.work.runs[op.index]
+            if not self.work.update[op.index]:
+                runs = runs * cuts
+        found = []
+        for step in steps_of(reshard):
+            size = self.local_bytes(reshard.value, step.large, meshes, cuts)
+            axes = frozenset(step.axes)
+            time = runs * meshes.time_s(step.kind, axes, size)
+            found.append((step, time, size, runs))
+        return found
+
+    # -- memory ------------------------------------------------------------------
+
+    def state_bytes(self, meshes: Meshes) -> dict[str, Vector]:
+        """Bytes of the arguments on one device, by state."""
+        table: dict[str, Vector] = {}
+        for value, info in zip(
+            self.program.inputs, self.sharded.traced.inputs, strict=True
+        ):
+            held = axes_of(self.sharded.specs[value])
+            size = self.program.values[value].bytes_ / meshes.product(held)
+            table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
+        return table
+
+    def memory(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, dict[str, Vector]]:
+        """Peak bytes per device, and what is alive at the peak, by kind.
+
+        Arguments are donated and live throughout; other values live from the op that
+        makes them to the last that needs them.
+        """
+        count = len(self.program.ops) + 2
+        kinds = ("gradients", "activations")
+        deltas = {kind: np.zeros((count, len(meshes))) for kind in kinds}
+
+        def live(kind: str, size: Vector, begin: int, end: int) -> None:
+            deltas[kind][begin] += size
+            deltas[kind][end + 1] -= size
+
+        for value in self.program.values:
+            begin, end = self.work.birth[value.index], self.work.death[value.index]
+            if begin < 0 or not self.work.materialised[value.index]:
+                continue
+            if value.index in self.sharded.free:
+                continue
+            held = axes_of(self.sharded.specs[value.index])
+            size = self.local_bytes(value.index, held, meshes, cuts)
+            kind = kinds[value.index not in self.work.gradients]
+            live(kind, size, begin, end)
+        for reshard in self.moves:
+            if reshard.slot.startswith("in") and reshard.op != OUTPUT:
+                size = self.local_bytes(
+                    reshard.value, axes_of(reshard.target), meshes, cuts
+                )
+                first, last = self.uses[self._key(reshard)]
+                live("activations", size, first, last)
+        for value in self._gradient_leaves():
+            held = axes_of(self.sharded.specs[value])
+            size = self.program.values[value].bytes_ / meshes.product(held)
+            live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
+        totals = {kind: np.cumsum(delta, axis=0) for kind, delta in deltas.items()}
+        whole = sum(totals.values())
+        at = np.argmax(whole, axis=0)
+        columns = np.arange(len(meshes))
+        table = self.state_bytes(meshes)
+        table.update({kind: total[at, columns] for kind, total in totals.items()})
+        return np.asarray(sum(table.values())), table
+
+    def _key(self, reshard: Reshard) -> tuple[Any, ...]:
+        return _key(self.sharded, reshard)
+
+    @property
+    def uses(self) -> dict[tuple[Any, ...], tuple[int, int]]:
+        """First and last op that uses each resharded copy."""
+        if not hasattr(self, "_uses"):
+            found: dict[tuple[Any, ...], tuple[int, int]] = {}
+            for reshard in self.sharded.reshards:
+                key = _key(self.sharded, reshard)
+                first, last = found.get(key, (reshard.op, reshard.op))
+                found[key] = (min(first, reshard.op), max(last, reshard.op))
+            self._uses = found
+        return self._uses
+
+
+def _key(sharded: ShardedProgram, reshard: Reshard) -> tuple[Any, ...]:
+    ops = sharded.traced.program.ops
+    region = ops[reshard.op].region if reshard.op != OUTPUT else 0
+    return (reshard.value, reshard.source, reshard.unreduced, reshard.target, region)
+
+
+def unique_moves(sharded: ShardedProgram) -> Sequence[Reshard]:
+    """Reshards with each value moved once per loop body, however many ops need it."""
+    found: dict[tuple[Any, ...], Reshard] = {}
+    for reshard in sharded.reshards:
+        found.setdefault(_key(sharded, reshard), reshard)
+    return tuple(found.values())

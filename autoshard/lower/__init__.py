@@ -1,0 +1,7 @@
+"""From a plan to a jitted SPMD step."""
+
+from __future__ import annotations
+
+from autoshard.lower.step import ParallelFunction, ParallelStep, parallelize
+
+__all__ = ["ParallelFunction", "ParallelStep", "parallelize"]

@@ -1,0 +1,258 @@
+"""What differs between two plans, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from autoshard.plan.schema import Plan
+from autoshard.report.explain import MEMORY_PARTS, Document, explain
+from autoshard.report.table import (
+    _heading,
+    _table,
+    mesh_text,
+    some_text,
+    spec_text,
+)
+from autoshard.report.units import bytes_text, percent_text, seconds_text
+
+
+def compare(a: Plan, b: Plan) -> Document:
+    """What differs between two plans.
+
+    Args:
+        a: The plan to compare with.
+        b: The plan that is compared.
+
+    Returns:
+        A JSON-able dict: `same` (whether nothing differs), `same_program` and
+        `same_cluster` (by fingerprint), `plans` (the two headlines), `policy` (rows
+        of `field`, `a`, `b`), `tensors` (rows of `path`, `field`, `a`, `b`, where a
+        tensor that one plan lacks has None), `collectives` (rows of `kind`, `axes`,
+        `source`, `values`, and `a` and `b` with `runs`, `bytes_` and `time_s`),
+        `time` and `memory` (rows of `part`, `a`, `b`, `difference` as b - a, all
+        parts) and `verdict` (one sentence).
+    """
+    left, right = explain(a), explain(b)
+    result: Document = {
+        "same_program": a.program.fingerprint == b.program.fingerprint,
+        "same_cluster": a.cluster.fingerprint == b.cluster.fingerprint,
+        "plans": {"a": left["headline"], "b": right["headline"]},
+        "policy": _policy(left, right),
+        "tensors": _tensors(left, right),
+        "collectives": _collectives(left, right),
+        "time": _time(left, right),
+        "memory": _memory(left, right),
+        "verdict": _verdict(a, b),
+    }
+    rows = [*result["time"], *result["memory"]]
+    differs = ("policy", "tensors", "collectives")
+    result["same"] = (
+        result["same_program"]
+        and result["same_cluster"]
+        and not any(result[key] for key in differs)
+        and not any(row["difference"] for row in rows)
+    )
+    return result
+
+
+def _policy(left: Document, right: Document) -> list[Document]:
+    rows = []
+
+    def row(field: str, a: Any, b: Any) -> None:
+        if a != b:
+            rows.append({"field": field, "a": a, "b": b})
+
+    row("cluster", left["cluster"]["name"], right["cluster"]["name"])
+    row("mesh", mesh_text(left["mesh"]), mesh_text(right["mesh"]))
+    row("strategy", left["strategy"]["name"], right["strategy"]["name"])
+    rules = [{r["logical"]: r["axes"] for r in d["rules"]} for d in (left, right)]
+    for logical in dict.fromkeys([*rules[0], *rules[1]]):
+        row(f"rule {logical}", *(_axes(r.get(logical)) for r in rules))
+    for state in left["storage"]:
+        pair = (_axes(d["storage"][state]) for d in (left, right))
+        row(f"storage {state}", *pair)
+    for field in left["schedule"]:
+        row(field, left["schedule"][field], right["schedule"][field])
+    return rows
+
+
+def _axes(axes: list[str] | None) -> str:
+    return "no rule" if axes is None else "+".join(axes) or "-"
+
+
+def _tensors(left: Document, right: Document) -> list[Document]:
+    tables = [{t["path"]: t for t in d["tensors"]} for d in (left, right)]
+    rows = []
+    for path in dict.fromkeys([*tables[0], *tables[1]]):
+        a, b = (table.get(path) for table in tables)
+        if a is None or b is None:
+            pair = [None if t is None else spec_text(t["storage"]) for t in (a, b)]
+            rows.append({"path": path, "field": "only one", "a": pair[0], "b": pair[1]})
+            continue
+        fields: list[tuple[str, Callable[[Document], str]]] = [
+            ("shape", lambda t: " x ".join(map(str, t["shape"])) or "scalar"),
+            ("dtype", lambda t: t["dtype"]),
+            ("storage", lambda t: spec_text(t["storage"])),
+            ("compute", lambda t: spec_text(t["compute"])),
+        ]
+        for field, text in fields:
+            if a[field] != b[field]:
+                rows.append(
+                    {"path": path, "field": field, "a": text(a), "b": text(b)}
+                )
+    return rows
+
+
+def _collectives(left: Document, right: Document) -> list[Document]:
+    def keyed(document: Document) -> dict[tuple[Any, ...], Document]:
+        rows = document["collectives"]
+        return {(c["kind"], tuple(c["axes"]), c["source"]): c for c in rows}
+
+    tables = [keyed(left), keyed(right)]
+    rows = []
+    for key in dict.fromkeys([*tables[0], *tables[1]]):
+        pair = []
+        for table in tables:
+            found = table.get(key, {"runs": 0, "bytes_": 0, "time_s": 0.0})
+            pair.append({f: found[f] for f in ("runs", "bytes_", "time_s")})
+        if pair[0] != pair[1]:
+            values = tables[key in tables[1]][key]["values"]
+            kind, axes, source = key
+            rows.append(
+                {
+                    "kind": kind,
+                    "axes": list(axes),
+                    "source": source,
+                    "values": values,
+                    "a": pair[0],
+                    "b": pair[1],
+                }
+            )
+    return sorted(rows, key=lambda r: -abs(r["b"]["time_s"] - r["a"]["time_s"]))
+
+
+def _time(left: Document, right: Document) -> list[Document]:
+    parts = [
+        {t["part"]: t["time_s"] for t in d["predicted"]["time"]} for d in (left, right)
+    ]
+    rows = [
+        _row(part, parts[0].get(part, 0.0), parts[1].get(part, 0.0))
+        for part in dict.fromkeys([*parts[0], *parts[1]])
+    ]
+    steps = (d["predicted"]["step_s"] for d in (left, right))
+    return [*rows, _row("step", *steps)]
+
+
+def _memory(left: Document, right: Document) -> list[Document]:
+    parts = [
+        {m["part"]: m["bytes_"] for m in d["predicted"]["memory"]["parts"]}
+        for d in (left, right)
+    ]
+    rows = [_row(part, parts[0][part], parts[1][part]) for part in MEMORY_PARTS]
+    totals = (d["predicted"]["memory"]["total"] for d in (left, right))
+    return [*rows, _row("peak", *totals)]
+
+
+def _row(part: str, a: float, b: float) -> Document:
+    return {"part": part, "a": a, "b": b, "difference": b - a}
+
+
+def _verdict(a: Plan, b: Plan) -> str:
+    """One sentence: which is faster by how much, and which holds more memory."""
+    step = (a.predicted.step_s, b.predicted.step_s)
+    memory = (a.predicted.memory.total, b.predicted.memory.total)
+    if step[0] == step[1]:
+        speed = f"both are predicted to take {seconds_text(step[0])} a step"
+    else:
+        word = "slower" if step[1] > step[0] else "faster"
+        share = percent_text(abs(step[1] / step[0] - 1))
+        speed = (
+            f"b is predicted to be {share} {word} a step than a "
+            f"({seconds_text(step[1])} against {seconds_text(step[0])})"
+        )
+    if memory[0] == memory[1]:
+        return f"{speed}; both hold {bytes_text(memory[0])} on each device."
+    word = "more" if memory[1] > memory[0] else "less"
+    return (
+        f"{speed}; on each device b holds {bytes_text(abs(memory[1] - memory[0]))} "
+        f"{word} ({bytes_text(memory[1])} against {bytes_text(memory[0])})."
+    )
+
+
+def comparison(document: Document) -> RenderableType:
+    """Two plans side by side, for a rich console; `document` is of `compare`."""
+    d = document
+    parts: list[RenderableType] = [
+        Text(f"a  {d['plans']['a']}"),
+        Text(f"b  {d['plans']['b']}"),
+    ]
+    if d["same"]:
+        return Group(*parts, Text("\nThe two plans say the same."))
+    for key, what in (("same_program", "programs"), ("same_cluster", "clusters")):
+        if not d[key]:
+            note = f"They were made for different {what}."
+            parts.append(Text(note, style="yellow"))
+    if d["policy"]:
+        table = _table("", "a", "b")
+        for row in d["policy"]:
+            table.add_row(*(Text(str(row[key])) for key in ("field", "a", "b")))
+        parts += [_heading("Policy"), table]
+    if d["tensors"]:
+        table = _table("tensor", "", "a", "b")
+        for row in d["tensors"]:
+            keys = ("path", "field", "a", "b")
+            table.add_row(*(Text("absent" if row[k] is None else row[k]) for k in keys))
+        parts += [_heading(f"Tensors ({len(d['tensors'])} differences)"), table]
+    if d["collectives"]:
+        parts += [_heading("Collectives that differ"), _collectives_table(d)]
+    parts += [
+        _heading("Time of a step"),
+        _amounts(d["time"], seconds_text),
+        _heading("Memory of a device"),
+        _amounts(d["memory"], bytes_text),
+        Text(d["verdict"][0].upper() + d["verdict"][1:], style="bold"),
+    ]
+    return Group(*parts)
+
+
+def _collectives_table(document: Document) -> RenderableType:
+    table = _table("collective", "axes")
+    for name in ("runs a", "b", "bytes a", "b", "time a", "b"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("what, and where", overflow="fold")
+    for row in document["collectives"]:
+        a, b = row["a"], row["b"]
+        cells = []
+        for field, unit in (("bytes_", bytes_text), ("time_s", seconds_text)):
+            cells += [unit(x[field]) if x["runs"] else "-" for x in (a, b)]
+        table.add_row(
+            row["kind"],
+            "+".join(row["axes"]),
+            *(str(x["runs"] or "-") for x in (a, b)),
+            *cells,
+            Text.assemble(some_text(row["values"], 2), "\n", (row["source"], "dim")),
+        )
+    return table
+
+
+def _amounts(rows: list[Document], unit: Callable[[float], str]) -> RenderableType:
+    table = _table("")
+    for name in ("a", "b", "b - a", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        change = row["difference"]
+        sign = "+" if change > 0 else ""
+        share = f"{sign}{percent_text(change / row['a'])}" if row["a"] else ""
+        same = not change
+        table.add_row(
+            row["part"],
+            unit(row["a"]),
+            unit(row["b"]),
+            "-" if same else f"{sign}{unit(change)}",
+            "" if same else share,
+        )
+    return table

@@ -1,0 +1,111 @@
+"""Figures of a plan and of a run, drawn with matplotlib.
+
+matplotlib is loaded when the first figure is drawn, never by importing this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autoshard.ir.errors import InputError
+from autoshard.plan.schema import Plan
+from autoshard.report.explain import explain
+from autoshard.report.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_memory(plan: Plan, ax: Axes | None = None) -> Axes:
+    """Draws what the peak memory of one device holds, in GiB, beside its capacity.
+
+    Args:
+        plan: Any plan.
+        ax: Where to draw; a new figure when None.
+
+    Returns:
+        The axes drawn on: one bar a part, and a line at the capacity.
+    """
+    memory = explain(plan)["predicted"]["memory"]
+    rows = memory["parts"]
+    ax = _axes(ax)
+    parts = [row["part"] for row in rows] + ["peak"]
+    amounts = [row["bytes_"] for row in rows] + [memory["total"]]
+    _bars(ax, parts, [a / 2**30 for a in amounts], [bytes_text(a) for a in amounts])
+    capacity = memory["capacity"]
+    label = f"capacity, {bytes_text(capacity)}"
+    ax.axvline(capacity / 2**30, color="black", linestyle="--", label=label)
+    ax.set_xlabel("GiB per device")
+    ax.set_title("Predicted memory at the peak of a step")
+    ax.legend()
+    return ax
+
+
+def plot_time(plan: Plan, ax: Axes | None = None) -> Axes:
+    """Draws where the predicted time of a step goes, in milliseconds.
+
+    Args:
+        plan: Any plan.
+        ax: Where to draw; a new figure when None.
+
+    Returns:
+        The axes drawn on: one bar a part, and one for the step.
+    """
+    predicted = explain(plan)["predicted"]
+    ax = _axes(ax)
+    parts = [row["part"] for row in predicted["time"]] + ["step"]
+    times_s = [row["time_s"] for row in predicted["time"]] + [predicted["step_s"]]
+    _bars(ax, parts, [1e3 * t for t in times_s], [seconds_text(t) for t in times_s])
+    ax.set_xlabel("ms")
+    ax.set_title("Predicted time of a step")
+    return ax
+
+
+def plot_losses(
+    losses: Sequence[float] | Mapping[str, Sequence[float]], ax: Axes | None = None
+) -> Axes:
+    """Draws the loss (nats per token) over steps.
+
+    Args:
+        losses: The loss of each step from 1 on, of one run or of several by name.
+        ax: Where to draw; a new figure when None.
+
+    Returns:
+        The axes drawn on: one line a run.
+
+    Raises:
+        InputError: A run has no losses.
+    """
+    runs = losses if isinstance(losses, Mapping) else {"": losses}
+    for name, values in runs.items():
+        if not len(values):
+            where = f" of run {name!r}" if name else ""
+            raise InputError(
+                f"plot_losses got an empty list of losses{where}; give the losses of "
+                "at least one step, as in `plot_losses(result.losses)`."
+            )
+    ax = _axes(ax)
+    for name, values in runs.items():
+        ax.plot(range(1, len(values) + 1), list(values), label=name or None)
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss (nats per token)")
+    if any(runs):
+        ax.legend()
+    return ax
+
+
+def _axes(ax: Axes | None) -> Any:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(layout="constrained")[1]
+
+
+def _bars(ax: Any, parts: list[str], widths: list[float], labels: list[str]) -> None:
+    bars = ax.barh(parts, widths)
+    bars[-1].set_color("gray")
+    ax.bar_label(bars, labels, padding=3)
+    ax.margins(x=0.15)
+    ax.invert_yaxis()

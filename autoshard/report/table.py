@@ -1,0 +1,329 @@
+"""A plan in a terminal: rich tables, drawn from the documents of `explain`.
+
+Every string that comes from a plan goes into a `Text`, so that square brackets in a
+path or a note are shown and not read as markup.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autoshard.plan.schema import Plan
+from autoshard.report.explain import Document, explain
+from autoshard.report.units import (
+    bytes_text,
+    count_text,
+    params_text,
+    percent_text,
+    seconds_text,
+)
+
+TEXT_WIDTH = 100
+"""Columns of the text form, and of a terminal of unknown width."""
+
+_BAR = 14
+
+
+def rich_view(plan: Plan) -> RenderableType:
+    """The summary of a plan, for a rich console."""
+    return summary(explain(plan))
+
+
+def text_view(plan: Plan) -> str:
+    """The summary of a plan as plain text, `TEXT_WIDTH` columns wide."""
+    return to_text(summary(explain(plan)))
+
+
+def to_text(renderable: RenderableType, width: int = TEXT_WIDTH) -> str:
+    """Anything rich can print as text without colours or trailing blanks."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def whole(document: Document) -> RenderableType:
+    """All of `explain`: the summary, every tensor, every collective, and the notes."""
+    parts = [summary(document), tensors(document), collectives(document)]
+    if document["notes"]:
+        notes = Table.grid(padding=(0, 1))
+        for note in document["notes"]:
+            notes.add_row("-", Text(note))
+        parts += [_heading("Notes"), notes]
+    return Group(*parts)
+
+
+def summary(document: Document) -> RenderableType:
+    """What the plan is for, its policy, and what is predicted of it."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    for name, text in policy_lines(document):
+        grid.add_row(name, Text(text))
+    for name, text in predicted_lines(document):
+        grid.add_row(name, Text(text))
+    bars = Table.grid(padding=(0, 3))
+    bars.add_row(time_bars(document), memory_bars(document))
+    return Group(Text(document["headline"], style="bold"), grid, Text(""), bars)
+
+
+def policy_lines(document: Document) -> list[tuple[str, str]]:
+    """The policy as pairs of a name and a line."""
+    program, model = document["program"], document["program"]["model"]
+    what = f"{params_text(program['params'])} parameters, {program['ops']} ops"
+    if model:
+        layers = "" if model["scan_layers"] else ", unrolled"
+        what = (
+            f"batch {model['batch']} x seq {model['seq']}, {model['optimizer']} at "
+            f"{model['learning_rate']:g}, {model['dtype']}{layers}; {what}"
+        )
+    strategy, schedule = document["strategy"], document["schedule"]
+    storage = [
+        f"{state} over {'+'.join(axes)}"
+        for state, axes in document["storage"].items()
+        if axes
+    ]
+    count = schedule["microbatches"]
+    return [
+        ("program", what),
+        ("cluster", f"{document['cluster']['name']}, {_chips(document)}"),
+        ("mesh", mesh_text(document["mesh"])),
+        ("strategy", f"{strategy['name']}: {strategy['about']}".rstrip(": ")),
+        ("rules", rules_text(document["rules"])),
+        ("storage", ", ".join(storage) or "every state lies as it is computed with"),
+        (
+            "schedule",
+            f"{count} microbatch{'es' if count > 1 else ''}, remat "
+            f"{schedule['remat']}, pipeline {schedule['pipeline']}",
+        ),
+    ]
+
+
+def predicted_lines(document: Document) -> list[tuple[str, str]]:
+    """The predictions and their certificate as pairs of a name and a line."""
+    p, c = document["predicted"], document["certificate"]
+    speed = f", {count_text(p['tokens_per_s'])} tokens/s" if p["tokens_per_s"] else ""
+    extent = "all of the space" if c["complete"] else "not all of the space"
+    return [
+        (
+            "predicted",
+            f"{seconds_text(p['step_s'])} a step{speed}, MFU {percent_text(p['mfu'])} "
+            f"of {count_text(p['model_flops'], 'FLOP')} a step",
+        ),
+        (
+            "certificate",
+            f"lower bound {seconds_text(c['lower_bound_s'])}, gap "
+            f"{percent_text(c['gap'])}; {c['enumerated']} candidates priced "
+            f"({extent}), {c['infeasible']} too large, {c['indivisible']} indivisible",
+        ),
+    ]
+
+
+def time_bars(document: Document) -> Table:
+    """Where the step's time goes."""
+    p = document["predicted"]
+    table = _bars("time of a step")
+    for row in p["time"]:
+        _bar_row(table, row["part"], seconds_text(row["time_s"]), row["fraction"])
+    _bar_row(table, "step", seconds_text(p["step_s"]), None)
+    return table
+
+
+def memory_bars(document: Document) -> Table:
+    """What the peak memory of one device holds, as shares of its capacity."""
+    memory = document["predicted"]["memory"]
+    table = _bars(f"memory of a device ({bytes_text(memory['capacity'])})")
+    for row in memory["parts"]:
+        _bar_row(table, row["part"], bytes_text(row["bytes_"]), row["fraction"])
+    _bar_row(table, "peak", bytes_text(memory["total"]), memory["fraction"])
+    return table
+
+
+def _bars(title: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column(title, no_wrap=True, min_width=12)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, width=_BAR, style="cyan")
+    return table
+
+
+def _bar_row(table: Table, part: str, amount: str, fraction: float | None) -> None:
+    if fraction is None:
+        table.add_row(part, amount, "", "")
+        return
+    filled = round(_BAR * min(max(fraction, 0.0), 1.0))
+    table.add_row(part, amount, percent_text(fraction), "█" * filled)
+
+
+def tensors(document: Document) -> RenderableType:
+    """Every state and data tensor: shape, specs, and bytes on one device."""
+    table = _table("tensor", "shape", "dtype", "storage", "compute")
+    table.add_column("per device", justify="right", no_wrap=True)
+    for row in document["tensors"]:
+        same = row["compute"] == row["storage"]
+        table.add_row(
+            Text(row["path"]),
+            Text(shape_text(row["shape"])),
+            Text(row["dtype"]),
+            Text(spec_text(row["storage"])),
+            Text("as stored" if same else spec_text(row["compute"]), "dim" * same),
+            bytes_text(row["bytes_per_device"]),
+        )
+    return Group(_heading(f"Tensors ({len(document['tensors'])})"), table)
+
+
+def collectives(document: Document) -> RenderableType:
+    """Every collective, grouped by kind, axes and source line."""
+    rows = document["collectives"]
+    if not rows:
+        return Group(_heading("Collectives"), Text("none"))
+    table = _table("collective", "axes")
+    for name in ("runs", "bytes", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("what, and the line that needs it", overflow="fold")
+    for row in rows:
+        table.add_row(
+            Text(row["kind"]),
+            Text("+".join(row["axes"])),
+            str(row["runs"]),
+            bytes_text(row["bytes_"]),
+            seconds_text(row["time_s"]),
+            Text.assemble(
+                some_text(row["values"]), "\n", (row["source"] or "no source", "dim")
+            ),
+        )
+    return Group(_heading("Collectives of a step, the slowest first"), table)
+
+
+def tensor_view(document: Document) -> RenderableType:
+    """One tensor in depth; `document` is of `explain_tensor`."""
+    d = document
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    lines = [
+        ("tensor", f"{d['path']} ({d['state']})"),
+        ("shape", f"{shape_text(d['shape'])} {d['dtype']}, {bytes_text(d['bytes_'])}"),
+        (
+            "in memory",
+            f"{spec_text(d['storage'])}: {shape_text(d['local_shape'])} on a device, "
+            f"{bytes_text(d['bytes_per_device'])}",
+        ),
+        (
+            "in compute",
+            f"{spec_text(d['compute'])}: {shape_text(d['local_compute_shape'])} on a "
+            f"device, {bytes_text(d['bytes_per_device_compute'])}",
+        ),
+    ]
+    if d["parameter"]:
+        lines.append(("state of", d["parameter"]))
+    for name, text in lines:
+        grid.add_row(name, Text(text))
+    dims = _table("dim", "logical", "storage", "compute", "why")
+    for row in d["dims"]:
+        dims.add_row(
+            f"{row['dim']}: {row['size']}",
+            Text(row["logical"] or "-"),
+            Text("+".join(row["storage"]) or "-"),
+            Text("+".join(row["compute"]) or "-"),
+            Text("\n".join(row["why"]) or "whole: no axis is put here"),
+        )
+    parts: list[RenderableType] = [grid, _heading("Dims"), dims]
+    if d["unused"]:
+        unused = _table("axis", "offered by", "not used, because")
+        for row in d["unused"]:
+            unused.add_row(row["axis"], Text(row["offered_by"]), Text(row["reason"]))
+        parts += [_heading("Axes offered and not used"), unused]
+    parts.append(_heading("Collectives that move it"))
+    if not d["collectives"]:
+        return Group(*parts, Text("none"))
+    moves = _table("collective", "axes", "runs", "bytes, one run", "time", "at")
+    for c in d["collectives"]:
+        moves.add_row(
+            c["kind"],
+            "+".join(c["axes"]),
+            str(c["count"]),
+            bytes_text(c["bytes_"]),
+            seconds_text(c["time_s"]),
+            Text(f"{c['source'] or 'no source'}\n{c['address']}"),
+        )
+    return Group(*parts, moves)
+
+
+def ranking(plans: list[Plan]) -> RenderableType:
+    """Several plans of one search, in the order given."""
+    table = _table("", "mesh", "storage", "schedule")
+    for name in ("step", "collectives", "memory", "MFU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rank, plan in enumerate(plans, 1):
+        p, filled = plan.predicted, plan.strategy
+        states = {
+            f"{state[0]}:{'+'.join(axes)}"
+            for state, axes in filled.storage.model_dump().items()
+            if axes
+        }
+        table.add_row(
+            str(rank),
+            mesh_text([a.model_dump() for a in plan.axes if a.size > 1]),
+            Text(" ".join(sorted(states, reverse=True)) or "-"),
+            f"{plan.microbatches} mb, remat {plan.remat}",
+            seconds_text(p.step_s),
+            seconds_text(p.collective_s),
+            bytes_text(p.memory.total),
+            percent_text(p.mfu),
+        )
+    legend = Text("storage: p params, g gradients, o optimizer; mb: microbatches", "dim")
+    return Group(table, legend)
+
+
+def mesh_text(mesh: list[dict[str, Any]]) -> str:
+    """`data=8 tensor=4`."""
+    return " ".join(f"{a['axis']}={a['size']}" for a in mesh) or "one device"
+
+
+def rules_text(rules: list[dict[str, Any]]) -> str:
+    """`batch -> data; heads -> tensor`."""
+    given = [f"{r['logical']} -> {'+'.join(r['axes'])}" for r in rules if r["axes"]]
+    none = [r["logical"] for r in rules if not r["axes"]]
+    if none:
+        given.append(f"not sharded: {', '.join(none)}")
+    return "; ".join(given) or "none"
+
+
+def spec_text(dims: list[list[str]]) -> str:
+    """`[fsdp, -, tensor]`."""
+    return f"[{', '.join('+'.join(dim) or '-' for dim in dims)}]"
+
+
+def shape_text(shape: list[int]) -> str:
+    """`4096 x 14336`."""
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def some_text(values: list[str], most: int = 3) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(values[:most]) + more
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _chips(document: Document) -> str:
+    count = document["cluster"]["num_chips"]
+    return f"{count} chip{'s' if count > 1 else ''}"

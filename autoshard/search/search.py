@@ -1,0 +1,282 @@
+"""The search: every candidate of the space is priced, the best that fits is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autoshard.cost import Pricer
+from autoshard.cost.price import MEMORY_HEADROOM, axes_of
+from autoshard.cost.work import Work, analyse
+from autoshard.ir.errors import InfeasibleError, InputError
+from autoshard.ir.mesh import AXES
+from autoshard.ir.train_step import TrainStep
+from autoshard.ir.trace import Traced, trace
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
+from autoshard.propagate import DimClasses, Layout, find_classes, propagate
+from autoshard.search import space
+from autoshard.search.finish import finish
+from autoshard.search.remedy import explain_indivisible, explain_no_fit
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A traced program with its classes and facts, shared by all its candidates."""
+
+    traced: Traced
+    classes: DimClasses
+    work: Work
+
+    @staticmethod
+    def of(fn: Any, args: tuple[Any, ...]) -> Sketch:
+        """Traces and analyses."""
+        traced = trace(fn, args)
+        classes = find_classes(traced)
+        return Sketch(traced, classes, analyse(traced, classes))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All candidates of one structure, priced."""
+
+    strategy: Strategy
+    pricer: Pricer
+    sizes: np.ndarray
+    cuts: np.ndarray
+    step_s: np.ndarray
+    peak_bytes: np.ndarray
+    indivisible: int
+
+
+@dataclass
+class Space:
+    """Prices the structures of a strategy for one program."""
+
+    fn: Any
+    args: tuple[Any, ...]
+    log: Log
+
+    def __post_init__(self) -> None:
+        self._sketches: dict[str, Sketch | None] = {}
+        self._pricers: dict[Any, Pricer] = {}
+
+    def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
+        """The program traced without microbatches, with or without remat."""
+        if remat not in self._sketches:
+            fn = self.fn
+            if isinstance(fn, TrainStep):
+                fn = fn.with_schedule(microbatches=1, remat=remat)
+            elif remat != "none":
+                if required:
+                    raise InputError(
+                        "the strategy fixes remat = 'full', but a plain function "
+                        "cannot be rematerialised: build it with "
+                        "autoshard.train_step(loss_fn, optimizer, model=...)."
+                    )
+                return None
+            try:
+                self._sketches[remat] = Sketch.of(fn, self.args)
+            except InputError:
+                if required or remat == "none":
+                    raise
+                self.log("remat 'full' left out: no block repeats in the loss function")
+                self._sketches[remat] = None
+        return self._sketches[remat]
+
+    def batch(self) -> int:
+        """Leading dim of the data inputs."""
+        sketch = self.sketch("none")
+        assert sketch is not None
+        sizes = {
+            i.shape[0] for i in sketch.traced.inputs if i.state == "data" and i.shape
+        }
+        if len(sizes) > 1:
+            raise InputError(
+                f"the data inputs disagree on the batch size: leading dims "
+                f"{sorted(sizes)}; give every leaf of the batch the same leading dim."
+            )
+        return next(iter(sizes), 0)
+
+    def price(self, strategy: Strategy, cluster: Cluster) -> list[Candidates]:
+        """Prices every candidate of every structure."""
+        required = strategy.schedule.remat != "auto"
+        rows = space.meshes(strategy, cluster)
+        batch = self.batch()
+        cuts = space.microbatches(strategy, batch, isinstance(self.fn, TrainStep))
+        found = []
+        for structure in space.structures(strategy):
+            remat = structure.schedule.remat
+            sketch = self.sketch(remat, required=required)
+            if sketch is None:
+                continue
+            layout = Layout.of(structure)
+            key = (remat, layout.rules, layout.params, layout.gradients,
+                   layout.optimizer)
+            pricer = self._pricers.get(key)
+            if pricer is None:
+                sharded = propagate(sketch.traced, sketch.classes, layout)
+                pricer = self._pricers[key] = Pricer(sharded, sketch.work)
+            grid = np.repeat(rows, len(cuts), axis=0)
+            pieces = np.tile(np.array(cuts, dtype=np.int64), len(rows))
+            fits = divisible(pricer, grid, pieces, batch)
+            sizes, pieces = grid[fits], pieces[fits]
+            if not len(sizes):
+                found.append(
+                    Candidates(structure, pricer, sizes, pieces, np.zeros(0),
+                               np.zeros(0), len(grid))
+                )
+                continue
+            prices = pricer.price(cluster, sizes, pieces.astype(np.float64))
+            found.append(
+                Candidates(structure, pricer, sizes, pieces, prices.step_s,
+                           prices.peak_bytes, int((~fits).sum()))
+            )
+        return found
+
+
+def divisible(
+    pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
+) -> np.ndarray:
+    """Which candidates divide every dim they shard, bool[candidate]."""
+    sharded = pricer.sharded
+    fits = np.ones(len(sizes), dtype=bool)
+
+    def product(axes: Any) -> np.ndarray:
+        return sizes[:, [AXES.index(a) for a in axes]].prod(axis=1)
+
+    for size, axes in sharded.divides:
+        fits &= size % product(axes) == 0
+    for info, compute in zip(sharded.traced.inputs, sharded.compute, strict=True):
+        if info.state == "data" and info.shape and batch:
+            fits &= batch % (cuts * product(compute[0])) == 0
+    # A large state leaf must find a dim for its storage axes; a small one may stay.
+    total = sum(pricer.program.values[v].bytes_ for v in pricer.program.inputs)
+    for value, compute in zip(pricer.program.inputs, sharded.compute, strict=True):
+        extra = axes_of(sharded.specs[value]) - axes_of(compute)
+        if not extra or pricer.program.values[value].bytes_ < total / 100:
+            continue
+        classes = sharded.classes
+        some = np.zeros(len(sizes), dtype=bool)
+        for d, size in enumerate(pricer.program.values[value].shape):
+            names = classes.names.get(classes.of_value[value][d], ())
+            if "layers" not in names:
+                some |= size % product((*compute[d], *sorted(extra))) == 0
+        fits &= some
+    return fits
+
+
+def search_plans(
+    fn: Any,
+    args: tuple[Any, ...],
+    cluster: Cluster,
+    strategy: Strategy,
+    *,
+    top: int = 1,
+    model_ref: ModelRef | None = None,
+    log: Log | None = None,
+) -> list[Plan]:
+    """Searches the space of a strategy and writes the best plans.
+
+    Args:
+        fn: A `TrainStep`, or a function whose last argument is the batch.
+        args: Abstract arguments.
+        cluster: Where to run.
+        strategy: Which fields are fixed and which are holes.
+        top: How many plans, each with another mesh, storage or rules.
+        model_ref: Recorded in the plan.
+        log: Called with progress in words.
+
+    Returns:
+        Plans, the fastest first.
+
+    Raises:
+        InfeasibleError: Nothing divides, or nothing fits in memory.
+        InputError: The strategy asks for what the function cannot do.
+        RuleMissingError: A primitive has no rule.
+    """
+    log = log or (lambda _: None)
+    everything = Space(fn, args, log)
+    log(f"tracing and analysing the step for {cluster.name}")
+    groups = everything.price(strategy, cluster)
+    indivisible = sum(g.indivisible for g in groups)
+    enumerated = sum(len(g.sizes) for g in groups)
+    if not enumerated:
+        raise InfeasibleError(explain_indivisible(everything, groups, cluster))
+    capacity = cluster.hbm_bytes * MEMORY_HEADROOM
+    order = []
+    infeasible = 0
+    for number, group in enumerate(groups):
+        fits = group.peak_bytes <= capacity
+        infeasible += int((~fits).sum())
+        order += [
+            (float(group.step_s[k]), float(group.peak_bytes[k]), number, int(k))
+            for k in np.flatnonzero(fits)
+        ]
+    log(
+        f"{enumerated} candidates priced, {infeasible} do not fit, {indivisible} left "
+        "out because a dim does not divide"
+    )
+    if not order:
+        raise InfeasibleError(explain_no_fit(everything, groups, cluster, strategy))
+    order.sort()
+    plans: list[Plan] = []
+    seen: set[Any] = set()
+    for step_s, _, number, k in order:
+        group = groups[number]
+        identity = _identity(group, k)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        certificate = Certificate(
+            lower_bound_s=order[0][0],
+            gap=0.0,
+            enumerated=enumerated,
+            indivisible=indivisible,
+            infeasible=infeasible,
+            complete=True,
+        )
+        plan = finish(
+            fn, args, cluster, _filled(group, k), certificate, model_ref,
+            everything.sketch("none"),
+        )
+        if plan.predicted.memory.total > plan.predicted.memory.capacity:
+            continue  # priced exactly, with its microbatches traced, it does not fit
+        plans.append(plan)
+        log(f"plan {len(plans)}: {step_s:.4g} s per step")
+        if len(plans) == top:
+            break
+    if not plans:
+        raise InfeasibleError(explain_no_fit(everything, groups, cluster, strategy))
+    return plans
+
+
+def _identity(group: Candidates, k: int) -> Any:
+    """What makes a candidate a different plan: axes of size one do nothing."""
+    sizes = dict(zip(AXES, group.sizes[k].tolist(), strict=True))
+
+    def active(axes: Any) -> tuple[str, ...]:
+        return tuple(a for a in axes if sizes[a] > 1)
+
+    storage = group.strategy.storage
+    return (
+        tuple(group.sizes[k].tolist()),
+        int(group.cuts[k]),
+        group.strategy.schedule.remat,
+        tuple((r.logical, active(r.axes)) for r in group.strategy.rules),
+        active(storage.params), active(storage.gradients), active(storage.optimizer),
+    )
+
+
+def _filled(group: Candidates, k: int) -> Strategy:
+    sizes = dict(zip(AXES, group.sizes[k].tolist(), strict=True))
+    schedule = group.strategy.schedule.model_copy(
+        update={"microbatches": int(group.cuts[k])}
+    )
+    mesh = {axis: sizes[axis] for axis in group.strategy.mesh}
+    return group.strategy.model_copy(update={"mesh": mesh, "schedule": schedule})
