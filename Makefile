@@ -31,19 +31,19 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.user: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install -qq --editable .
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install -qq --editable '.[test]'
 	@touch $@ $(VENV)/.user
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --editable '.[dev]'
 	@touch $@ $(VENV)/.test $(VENV)/.user
 
 $(VENV)/.notebooks: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	$(BIN)/python -m pip install -qq --editable '.[notebooks]'
 	@touch $@ $(VENV)/.user
 
 $(BUILD):
@@ -82,7 +82,8 @@ notebooks: $(VENV)/.notebooks | $(BUILD) ## run every notebook into build/notebo
 
 .PHONY: bench
 bench: $(VENV)/.user ## run every benchmarks/bench_*.py
-	@ls benchmarks/bench_*.py > /dev/null
+	@test -n "$(wildcard benchmarks/bench_*.py)" || { \
+	  echo "no benchmark to run: benchmarks/bench_*.py matches no file" >&2; exit 1; }
 	set -e; for script in benchmarks/bench_*.py; do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 

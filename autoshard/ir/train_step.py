@@ -183,7 +183,7 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         loss, grads, rest = self.loss_and_gradients(state, batch)
         with jax.named_scope(UPDATE_SCOPE):
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             updates, opt_state = self.optimizer.update(
                 grads, state.opt_state, state.params
             )

@@ -73,11 +73,12 @@ class Decoder(nnx.Module):
             if config.positions == "learned"
             else None
         )
-        if config.scan_layers:
-            stacked = ParamFactory(rngs=rngs, dtype=dtype, layers=config.layers)
-            self.blocks = Block(config, stacked)
-        else:
-            self.blocks = nnx.List([Block(config, make) for _ in range(config.layers)])
+        stacked = ParamFactory(rngs=rngs, dtype=dtype, layers=config.layers)
+        self.blocks: Block | nnx.List[Block] = (
+            Block(config, stacked)
+            if config.scan_layers
+            else nnx.List([Block(config, make) for _ in range(config.layers)])
+        )
         self.final_norm = Norm(config, make)
         self.head = (
             None
@@ -102,8 +103,10 @@ class Decoder(nnx.Module):
         _check_tokens(tokens, config)
         seq = tokens.shape[1]
         dtype = jnp.dtype(config.dtype)
-        x = self.embedding[...].at[tokens].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        x = (
+            self.embedding[...]
+            .at[tokens]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         )
         x = x.astype(dtype)
         rotation = None
@@ -124,7 +127,7 @@ class Decoder(nnx.Module):
         )
 
     def _run_blocks(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
-        if not self.config.scan_layers:
+        if not isinstance(self.blocks, Block):
             for block in self.blocks:
                 x = block(x, rotation)
             return x

@@ -25,6 +25,7 @@ _HOUSEKEEPING = frozenset(
         "eos_token_id",
         "finetuning_task",
         "id2label",
+        "is_decoder",
         "initializer_range",
         "label2id",
         "model_type",
@@ -99,7 +100,6 @@ def from_hf_config(source: Mapping[str, Any] | str | Path) -> HfImport:
             + ". Write a DecoderConfig by hand if the architecture is one of these"
         )
     reader.must_be("quantization_config", (None,), "quantised weights")
-    reader.must_be("is_decoder", (True, False, None), "this role")
     reader.must_be("is_encoder_decoder", (False, None), "an encoder")
     reader.must_be("add_cross_attention", (False, None), "cross-attention")
     architectures = reader.get("architectures") or ()
@@ -114,8 +114,8 @@ def from_hf_config(source: Mapping[str, Any] | str | Path) -> HfImport:
 
 
 def _llama(reader: "_Reader") -> DecoderConfig:
-    embed = reader.required("hidden_size")
-    heads = reader.required("num_attention_heads")
+    embed = reader.size("hidden_size")
+    heads = reader.size("num_attention_heads")
     reader.must_be("hidden_act", ("silu", "swish"), "an activation other than SwiGLU")
     reader.must_be("attention_bias", (False, None), "biases in attention only")
     reader.must_be("mlp_bias", (False, None), "biases in the feed-forward part only")
@@ -123,14 +123,14 @@ def _llama(reader: "_Reader") -> DecoderConfig:
     theta, scaling = _rope(reader)
     return DecoderConfig(
         name=reader.name("llama"),
-        vocab=reader.required("vocab_size"),
-        layers=reader.required("num_hidden_layers"),
+        vocab=reader.size("vocab_size"),
+        layers=reader.size("num_hidden_layers"),
         embed=embed,
         heads=heads,
         kv_heads=_or(reader.get("num_key_value_heads"), heads),
         head_dim=_head_dim(reader, embed, heads, reader.get("head_dim")),
-        mlp=reader.required("intermediate_size"),
-        max_seq=reader.required("max_position_embeddings"),
+        mlp=reader.size("intermediate_size"),
+        max_seq=reader.size("max_position_embeddings"),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_head=_or(reader.get("tie_word_embeddings"), False),
@@ -139,7 +139,7 @@ def _llama(reader: "_Reader") -> DecoderConfig:
 
 
 def _gpt2(reader: "_Reader") -> DecoderConfig:
-    embed, heads = reader.required("n_embd"), reader.required("n_head")
+    embed, heads = reader.size("n_embd"), reader.size("n_head")
     reader.must_be("activation_function", _TANH_GELU, "an activation other than GELU")
     reader.must_be("scale_attn_weights", (True,), "attention scores without scaling")
     reader.must_be(
@@ -149,14 +149,14 @@ def _gpt2(reader: "_Reader") -> DecoderConfig:
         reader.no_dropout(field)
     return DecoderConfig(
         name=reader.name("gpt2"),
-        vocab=reader.required("vocab_size"),
-        layers=reader.required("n_layer"),
+        vocab=reader.size("vocab_size"),
+        layers=reader.size("n_layer"),
         embed=embed,
         heads=heads,
         kv_heads=heads,
         head_dim=_head_dim(reader, embed, heads, None),
         mlp=_or(reader.get("n_inner"), 4 * embed),
-        max_seq=reader.required("n_positions"),
+        max_seq=reader.size("n_positions"),
         norm="layer",
         positions="learned",
         activation="gelu",
@@ -228,6 +228,12 @@ class _Reader:
                 f"{self.where}: field {field!r} is missing; add it (the config.json "
                 "beside the weights has it)"
             )
+        return value
+
+    def size(self, field: str) -> int:
+        value = self.required(field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{self.where}: {field}={value!r} must be a positive int")
         return value
 
     def name(self, default: str) -> str:

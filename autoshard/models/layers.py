@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from autoshard.models.config import DecoderConfig, RopeScaling
 
 Rotation = tuple[jax.Array, jax.Array]
-"""Cosine and sine of the rotary angles, each float32 ``[s, head_dim / 2]``."""
+"""Cosine and sine of the rotary angles, each float32 ``[1, s, 1, head_dim / 2]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +84,8 @@ class Norm(nnx.Module):
         self.centred = config.norm == "layer"
         self.eps = config.norm_eps
         self.scale = make.ones(embed=config.embed)
-        if self.centred and config.use_bias:
-            self.bias = make.zeros(embed=config.embed)
-        else:
-            self.bias = None
+        biased = self.centred and config.use_bias
+        self.bias = make.zeros(embed=config.embed) if biased else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise ``x`` ``[b, s, e]``; the result has its shape and dtype."""
@@ -105,8 +104,7 @@ class Attention(nnx.Module):
     """Causal self-attention with grouped key and value heads.
 
     Query heads are viewed as ``[kv_heads, group]``, so keys and values are never
-    repeated. Scores and softmax are float32. No ``[s, t]`` mask is held as a constant:
-    it is compared from two iotas where it is used.
+    repeated. Scores and softmax are float32.
 
     >>> from autoshard.models.registry import get
     >>> make = ParamFactory(rngs=nnx.Rngs(0), dtype=jnp.float32)
@@ -123,35 +121,35 @@ class Attention(nnx.Module):
         self.k = make.normal(std, embed=e, kv_heads=k, head_dim=d)
         self.v = make.normal(std, embed=e, kv_heads=k, head_dim=d)
         self.o = make.normal(residual_std(config), heads=h, head_dim=d, embed=e)
-        self.q_bias = self.k_bias = self.v_bias = self.o_bias = None
-        if config.use_bias:
-            self.q_bias = make.zeros(heads=h, head_dim=d)
-            self.k_bias = make.zeros(kv_heads=k, head_dim=d)
-            self.v_bias = make.zeros(kv_heads=k, head_dim=d)
-            self.o_bias = make.zeros(embed=e)
+        bias = make.zeros if config.use_bias else _absent
+        # One parameter, as in GPT-2: the rows of a kv head are the biases of its
+        # query group, then of its key, then of its value.
+        self.qkv_bias = bias(kv_heads=k, qkv=config.group + 2, head_dim=d)
+        self.o_bias = bias(embed=e)
 
     def __call__(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
         """Attend over ``x`` ``[b, s, e]``; the result has its shape and dtype."""
         config = self.config
-        q = _linear("bse,ehd->bshd", x, self.q, self.q_bias)
-        k = _linear("bte,ekd->btkd", x, self.k, self.k_bias)
-        v = _linear("bte,ekd->btkd", x, self.v, self.v_bias)
+        q = _linear("bse,ehd->bshd", x, self.q, None)
+        k = _linear("bte,ekd->btkd", x, self.k, None)
+        v = _linear("bte,ekd->btkd", x, self.v, None)
+        if self.qkv_bias is not None:
+            bias = _use(self.qkv_bias, x.dtype)
+            group = config.group
+            q += bias[:, :group].reshape(config.heads, config.head_dim)[None, None]
+            k += bias[:, group][None, None]
+            v += bias[:, group + 1][None, None]
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         batch, seq = x.shape[:2]
         heads = (batch, seq, config.heads, config.head_dim)
         q = q.reshape(batch, seq, config.kv_heads, config.group, config.head_dim)
         scores = jnp.einsum(
-            "bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32
+            "bskgd,btkd->bksgt", q, k, preferred_element_type=jnp.float32
         )
-        scores *= config.head_dim**-0.5
-        query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3)
-        key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 4)
-        # The lowest finite number, not -inf: each row keeps its diagonal, and no
-        # infinity can turn into a NaN on the way back.
-        scores = jnp.where(query >= key, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bkgst,btkd->bskgd", weights, v).reshape(heads)
+        scores = scores * config.head_dim**-0.5 + causal_bias(seq)
+        weights = _softmax(scores).astype(x.dtype)
+        mixed = jnp.einsum("bksgt,btkd->bskgd", weights, v).reshape(heads)
         return _linear("bshd,hde->bse", mixed, self.o, self.o_bias)
 
 
@@ -170,11 +168,10 @@ class Mlp(nnx.Module):
         self.gate = make.normal(INIT_STD, embed=e, mlp=m) if gated else None
         self.up = make.normal(INIT_STD, embed=e, mlp=m)
         self.down = make.normal(residual_std(config), mlp=m, embed=e)
-        self.gate_bias = self.up_bias = self.down_bias = None
-        if config.use_bias:
-            self.gate_bias = make.zeros(mlp=m) if gated else None
-            self.up_bias = make.zeros(mlp=m)
-            self.down_bias = make.zeros(embed=e)
+        bias = make.zeros if config.use_bias else _absent
+        self.gate_bias = bias(mlp=m) if gated else None
+        self.up_bias = bias(mlp=m)
+        self.down_bias = bias(embed=e)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map ``x`` ``[b, s, e]``; the result has its shape and dtype."""
@@ -204,6 +201,28 @@ def residual_std(config: DecoderConfig) -> float:
     return INIT_STD / math.sqrt(2 * config.layers)
 
 
+def causal_bias(seq: int) -> jax.Array:
+    """What to add to scores so that no position sees a later one.
+
+    A bias of one small matrix, where a choice between scores and a constant would need
+    both the mask and the constant at the full size of the scores: neither depends on
+    the layer, so differentiating a scan over layers moves them out of it, and there
+    they would have to be held in memory. Computed from iotas, so the program itself
+    holds no table.
+
+    Returns:
+        float32 ``[1, 1, s, 1, t]``: 0 where ``t <= s``, elsewhere the lowest finite
+        number (not -inf, which could turn into a NaN on the way back).
+
+    >>> (causal_bias(3)[0, 0, :, 0] == 0).tolist()
+    [[True, False, False], [True, True, False], [True, True, True]]
+    """
+    shape = (1, 1, seq, 1, seq)
+    query = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 4)
+    return jnp.where(query >= key, np.float32(0), np.finfo(np.float32).min)
+
+
 def rotation_table(
     seq: int, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> Rotation:
@@ -214,11 +233,11 @@ def rotation_table(
     not put a table into the program.
 
     Returns:
-        ``(cos, sin)``, each float32 ``[seq, head_dim / 2]``.
+        ``(cos, sin)``, each float32 ``[1, seq, 1, head_dim / 2]``, ready to meet heads.
 
     >>> cos, sin = rotation_table(3, 4, 10_000.0)
-    >>> cos.shape, float(sin[2, 0])
-    ((3, 2), 0.909297)
+    >>> cos.shape, float(sin[0, 2, 0, 0])
+    ((1, 3, 1, 2), 0.909297)
     """
     pair = jnp.arange(head_dim // 2, dtype=jnp.float32)
     freq = jnp.exp(pair * (-2.0 * math.log(theta) / head_dim))
@@ -226,10 +245,11 @@ def rotation_table(
         # Full turns that a pair makes within the context it was trained on.
         turns = freq * (scaling.original_max_seq / (2.0 * math.pi))
         span = scaling.high_freq_factor - scaling.low_freq_factor
-        keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        keep = (turns - scaling.low_freq_factor) / span
+        keep = jnp.minimum(jnp.maximum(keep, 0.0), 1.0)
         freq *= keep + (1.0 - keep) / scaling.factor
     position = jnp.arange(seq, dtype=jnp.float32)
-    angle = position[:, None] * freq[None, :]
+    angle = position[None, :, None, None] * freq[None, None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -243,10 +263,21 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     >>> rotate(x, rotation_table(2, 2, 10_000.0))[0, :, 0, 0].tolist()
     [1.0, -0.301169]
     """
-    cos, sin = (table[None, :, None, :] for table in rotation)
+    cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _absent(**_: int) -> None:
+    """Stands in for a parameter maker where the config has no such parameter."""
+
+
+def _softmax(scores: jax.Array) -> jax.Array:
+    # The largest score only guards exp against overflow; it cancels in the gradient.
+    top = jnp.max(jax.lax.stop_gradient(scores), axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def _use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:

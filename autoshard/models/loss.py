@@ -48,7 +48,7 @@ def next_token_loss(
         )
     logits = model(tokens)
     # The largest logit only guards exp against overflow; it cancels in the gradient.
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    top = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
     total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
     targets = targets.astype(jnp.int32)
     token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)

@@ -10,9 +10,11 @@ from typing import Any
 from autoshard.models.config import DecoderConfig, RopeScaling
 
 
-def _gpt(name: str, *, layers: int, embed: int, heads: int, **other: Any) -> DecoderConfig:
+def _gpt(
+    name: str, *, layers: int, embed: int, heads: int, **other: Any
+) -> DecoderConfig:
     """A GPT-2/GPT-3 block stack: head_dim = embed / heads and mlp = 4 embed."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab": 50257,
         "kv_heads": heads,
         "head_dim": embed // heads,
@@ -33,8 +35,10 @@ def _gpt(name: str, *, layers: int, embed: int, heads: int, **other: Any) -> Dec
     )
 
 
-def _llama3(name: str, *, layers: int, embed: int, heads: int, **other: Any) -> DecoderConfig:
-    shape = {
+def _llama3(
+    name: str, *, layers: int, embed: int, heads: int, **other: Any
+) -> DecoderConfig:
+    shape: dict[str, Any] = {
         "vocab": 128256,
         "kv_heads": 8,
         "head_dim": embed // heads,

@@ -401,6 +401,10 @@ class _Propagation:
                 self.reshards.append(
                     Reshard(op.index, f"in{k}", value, spec, (), needed)
                 )
+            elif rule.op_kind == "scatter" and any(needed):
+                # Else the partitioner shards the updates as it shards the result,
+                # and moves them instead of the much smaller partial sums.
+                self.pins.append((op.index, f"in{k}"))
 
     # -- gradients ---------------------------------------------------------------
 

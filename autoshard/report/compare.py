@@ -11,9 +11,9 @@ from rich.text import Text
 from autoshard.plan.schema import Plan
 from autoshard.report.explain import MEMORY_PARTS, Document, explain
 from autoshard.report.table import (
-    _heading,
-    _table,
+    heading,
     mesh_text,
+    new_table,
     some_text,
     spec_text,
 )
@@ -101,9 +101,7 @@ def _tensors(left: Document, right: Document) -> list[Document]:
         ]
         for field, text in fields:
             if a[field] != b[field]:
-                rows.append(
-                    {"path": path, "field": field, "a": text(a), "b": text(b)}
-                )
+                rows.append({"path": path, "field": field, "a": text(a), "b": text(b)})
     return rows
 
 
@@ -168,10 +166,10 @@ def _verdict(a: Plan, b: Plan) -> str:
     if step[0] == step[1]:
         speed = f"both are predicted to take {seconds_text(step[0])} a step"
     else:
-        word = "slower" if step[1] > step[0] else "faster"
+        word = "more" if step[1] > step[0] else "less"
         share = percent_text(abs(step[1] / step[0] - 1))
         speed = (
-            f"b is predicted to be {share} {word} a step than a "
+            f"b is predicted to take {share} {word} time a step than a "
             f"({seconds_text(step[1])} against {seconds_text(step[0])})"
         )
     if memory[0] == memory[1]:
@@ -197,30 +195,33 @@ def comparison(document: Document) -> RenderableType:
             note = f"They were made for different {what}."
             parts.append(Text(note, style="yellow"))
     if d["policy"]:
-        table = _table("", "a", "b")
+        table = new_table("", "a", "b")
         for row in d["policy"]:
             table.add_row(*(Text(str(row[key])) for key in ("field", "a", "b")))
-        parts += [_heading("Policy"), table]
+        parts += [heading("Policy"), table]
     if d["tensors"]:
-        table = _table("tensor", "", "a", "b")
+        table = new_table("tensor", "", "a", "b")
         for row in d["tensors"]:
             keys = ("path", "field", "a", "b")
             table.add_row(*(Text("absent" if row[k] is None else row[k]) for k in keys))
-        parts += [_heading(f"Tensors ({len(d['tensors'])} differences)"), table]
+        parts += [
+            heading(f"Tensors that differ ({len({t['path'] for t in d['tensors']})})"),
+            table,
+        ]
     if d["collectives"]:
-        parts += [_heading("Collectives that differ"), _collectives_table(d)]
+        parts += [heading("Collectives that differ"), _collectives_table(d)]
     parts += [
-        _heading("Time of a step"),
+        heading("Time of a step"),
         _amounts(d["time"], seconds_text),
-        _heading("Memory of a device"),
+        heading("Memory of a device"),
         _amounts(d["memory"], bytes_text),
-        Text(d["verdict"][0].upper() + d["verdict"][1:], style="bold"),
+        Text("\n" + d["verdict"][0].upper() + d["verdict"][1:], style="bold"),
     ]
     return Group(*parts)
 
 
 def _collectives_table(document: Document) -> RenderableType:
-    table = _table("collective", "axes")
+    table = new_table("collective", "axes")
     for name in ("runs a", "b", "bytes a", "b", "time a", "b"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("what, and where", overflow="fold")
@@ -240,7 +241,7 @@ def _collectives_table(document: Document) -> RenderableType:
 
 
 def _amounts(rows: list[Document], unit: Callable[[float], str]) -> RenderableType:
-    table = _table("")
+    table = new_table("")
     for name in ("a", "b", "b - a", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:

@@ -72,7 +72,11 @@ def _predicted(estimate: Estimate) -> Document:
     return {
         "step_s": estimate.step_s,
         "time": [
-            {"part": part, "time_s": time_s, "fraction": _ratio(time_s, estimate.step_s)}
+            {
+                "part": part,
+                "time_s": time_s,
+                "fraction": _ratio(time_s, estimate.step_s),
+            }
             for part, time_s in parts
         ],
         "memory": {

@@ -55,7 +55,7 @@ def whole(document: Document) -> RenderableType:
         notes = Table.grid(padding=(0, 1))
         for note in document["notes"]:
             notes.add_row("-", Text(note))
-        parts += [_heading("Notes"), notes]
+        parts += [heading("Notes"), notes]
     return Group(*parts)
 
 
@@ -68,9 +68,9 @@ def summary(document: Document) -> RenderableType:
         grid.add_row(name, Text(text))
     for name, text in predicted_lines(document):
         grid.add_row(name, Text(text))
-    bars = Table.grid(padding=(0, 3))
+    bars = Table.grid(padding=(0, 4))
     bars.add_row(time_bars(document), memory_bars(document))
-    return Group(Text(document["headline"], style="bold"), grid, Text(""), bars)
+    return Group(Text(document["headline"], style="bold"), grid, bars)
 
 
 def policy_lines(document: Document) -> list[tuple[str, str]]:
@@ -114,7 +114,7 @@ def predicted_lines(document: Document) -> list[tuple[str, str]]:
         (
             "predicted",
             f"{seconds_text(p['step_s'])} a step{speed}, MFU {percent_text(p['mfu'])} "
-            f"of {count_text(p['model_flops'], 'FLOP')} a step",
+            f"(the model needs {count_text(p['model_flops'], 'FLOP')} a step)",
         ),
         (
             "certificate",
@@ -125,32 +125,33 @@ def predicted_lines(document: Document) -> list[tuple[str, str]]:
     ]
 
 
-def time_bars(document: Document) -> Table:
+def time_bars(document: Document) -> RenderableType:
     """Where the step's time goes."""
     p = document["predicted"]
-    table = _bars("time of a step")
+    table = _bars()
     for row in p["time"]:
         _bar_row(table, row["part"], seconds_text(row["time_s"]), row["fraction"])
     _bar_row(table, "step", seconds_text(p["step_s"]), None)
-    return table
+    return Group(heading("Time of a step"), table)
 
 
-def memory_bars(document: Document) -> Table:
+def memory_bars(document: Document) -> RenderableType:
     """What the peak memory of one device holds, as shares of its capacity."""
     memory = document["predicted"]["memory"]
-    table = _bars(f"memory of a device ({bytes_text(memory['capacity'])})")
+    table = _bars()
     for row in memory["parts"]:
         _bar_row(table, row["part"], bytes_text(row["bytes_"]), row["fraction"])
     _bar_row(table, "peak", bytes_text(memory["total"]), memory["fraction"])
-    return table
+    title = f"Memory of a device, of {bytes_text(memory['capacity'])} usable"
+    return Group(heading(title), table)
 
 
-def _bars(title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column(title, no_wrap=True, min_width=12)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, width=_BAR, style="cyan")
+def _bars() -> Table:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True, width=_BAR, style="cyan")
     return table
 
 
@@ -164,7 +165,7 @@ def _bar_row(table: Table, part: str, amount: str, fraction: float | None) -> No
 
 def tensors(document: Document) -> RenderableType:
     """Every state and data tensor: shape, specs, and bytes on one device."""
-    table = _table("tensor", "shape", "dtype", "storage", "compute")
+    table = new_table("tensor", "shape", "dtype", "storage", "compute")
     table.add_column("per device", justify="right", no_wrap=True)
     for row in document["tensors"]:
         same = row["compute"] == row["storage"]
@@ -176,15 +177,15 @@ def tensors(document: Document) -> RenderableType:
             Text("as stored" if same else spec_text(row["compute"]), "dim" * same),
             bytes_text(row["bytes_per_device"]),
         )
-    return Group(_heading(f"Tensors ({len(document['tensors'])})"), table)
+    return Group(heading(f"Tensors ({len(document['tensors'])})"), table)
 
 
 def collectives(document: Document) -> RenderableType:
     """Every collective, grouped by kind, axes and source line."""
     rows = document["collectives"]
     if not rows:
-        return Group(_heading("Collectives"), Text("none"))
-    table = _table("collective", "axes")
+        return Group(heading("Collectives"), Text("none"))
+    table = new_table("collective", "axes")
     for name in ("runs", "bytes", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("what, and the line that needs it", overflow="fold")
@@ -199,7 +200,7 @@ def collectives(document: Document) -> RenderableType:
                 some_text(row["values"]), "\n", (row["source"] or "no source", "dim")
             ),
         )
-    return Group(_heading("Collectives of a step, the slowest first"), table)
+    return Group(heading("Collectives of a step, the slowest first"), table)
 
 
 def tensor_view(document: Document) -> RenderableType:
@@ -226,7 +227,7 @@ def tensor_view(document: Document) -> RenderableType:
         lines.append(("state of", d["parameter"]))
     for name, text in lines:
         grid.add_row(name, Text(text))
-    dims = _table("dim", "logical", "storage", "compute", "why")
+    dims = new_table("dim", "logical", "storage", "compute", "why")
     for row in d["dims"]:
         dims.add_row(
             f"{row['dim']}: {row['size']}",
@@ -235,16 +236,16 @@ def tensor_view(document: Document) -> RenderableType:
             Text("+".join(row["compute"]) or "-"),
             Text("\n".join(row["why"]) or "whole: no axis is put here"),
         )
-    parts: list[RenderableType] = [grid, _heading("Dims"), dims]
+    parts: list[RenderableType] = [grid, heading("Dims"), dims]
     if d["unused"]:
-        unused = _table("axis", "offered by", "not used, because")
+        unused = new_table("axis", "offered by", "not used, because")
         for row in d["unused"]:
             unused.add_row(row["axis"], Text(row["offered_by"]), Text(row["reason"]))
-        parts += [_heading("Axes offered and not used"), unused]
-    parts.append(_heading("Collectives that move it"))
+        parts += [heading("Axes offered and not used"), unused]
+    parts.append(heading("Collectives that move it"))
     if not d["collectives"]:
         return Group(*parts, Text("none"))
-    moves = _table("collective", "axes", "runs", "bytes, one run", "time", "at")
+    moves = new_table("collective", "axes", "runs", "bytes, one run", "time", "at")
     for c in d["collectives"]:
         moves.add_row(
             c["kind"],
@@ -259,7 +260,7 @@ def tensor_view(document: Document) -> RenderableType:
 
 def ranking(plans: list[Plan]) -> RenderableType:
     """Several plans of one search, in the order given."""
-    table = _table("", "mesh", "storage", "schedule")
+    table = new_table("", "mesh", "storage", "schedule")
     for name in ("step", "collectives", "memory", "MFU"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, plan in enumerate(plans, 1):
@@ -279,8 +280,10 @@ def ranking(plans: list[Plan]) -> RenderableType:
             bytes_text(p.memory.total),
             percent_text(p.mfu),
         )
-    legend = Text("storage: p params, g gradients, o optimizer; mb: microbatches", "dim")
-    return Group(table, legend)
+    legend = Text(
+        "storage: p params, g gradients, o optimizer; mb: microbatches", "dim"
+    )
+    return Group(table, Text(""), legend)
 
 
 def mesh_text(mesh: list[dict[str, Any]]) -> str:
@@ -313,14 +316,16 @@ def some_text(values: list[str], most: int = 3) -> str:
     return ", ".join(values[:most]) + more
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+def new_table(*columns: str) -> Table:
+    """An empty table with a line below its head; long cells fold."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _heading(text: str) -> Text:
+def heading(text: str) -> Text:
+    """A title with an empty line above it."""
     return Text(f"\n{text}", style="bold")
 
 

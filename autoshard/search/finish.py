@@ -26,7 +26,7 @@ from autoshard.plan.schema import (
 )
 from autoshard.propagate import Layout, ShardedProgram, find_classes, propagate
 from autoshard.propagate.sharded import OUTPUT, Dims
-from autoshard.version import VERSION
+from autoshard.ir.version import VERSION
 
 
 def finish(
@@ -150,7 +150,8 @@ def _constraints(sharded: ShardedProgram, sizes: dict[str, int]) -> list[Constra
             continue  # the results' own shardings say it
         pinned[ops[reshard.op].address, reshard.slot] = reshard.target
     for index, slot in sharded.pins:
-        value = ops[index].outputs[int(slot.removeprefix("out"))]
+        side = ops[index].inputs if slot.startswith("in") else ops[index].outputs
+        value = side[int(slot.lstrip("inout"))]
         pinned.setdefault((ops[index].address, slot), sharded.specs[value])
 
     def active(dims: Dims) -> Spec:

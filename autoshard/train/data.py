@@ -92,7 +92,7 @@ class ByteCorpus:
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the text, `seq`, `batch` and `seed`: equal means same data."""
-        text = hashlib.sha256(memoryview(self._text)).hexdigest()
+        text = hashlib.sha256(self._text.data).hexdigest()
         parts = {"text": text, "seq": self.seq, "batch": self.batch, "seed": self.seed}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -150,7 +150,7 @@ class ByteCorpus:
                 f"{got}; give the trainer a data source with the leaves of the step."
             )
 
-        def read(field: str, index: tuple[slice, ...]) -> np.ndarray:
+        def read(field: str, index: Any) -> np.ndarray:
             rows = np.arange(self.batch)[index[0]]
             return self._rows(step, rows)[field][:, index[1]]
 

@@ -1,0 +1,5 @@
+"""`python -m autoshard.cli`."""
+
+from autoshard.cli import main
+
+main()

@@ -1,0 +1,50 @@
+"""Where the command line writes: results to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console, RenderableType
+
+from autoshard.ir.errors import AutoshardError
+from autoshard.report.table import TEXT_WIDTH
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
+]
+
+
+def _console(*, stderr: bool) -> Console:
+    # Made when it is used: a test, or a caller, may have replaced the streams.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(
+        file=stream,
+        width=None if stream.isatty() else TEXT_WIDTH,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+def show(result: RenderableType) -> None:
+    """Prints a result for people."""
+    _console(stderr=False).print(result)
+
+
+def show_json(result: Any) -> None:
+    """Prints a result for programs."""
+    typer.echo(json.dumps(result, indent=1, sort_keys=True, allow_nan=False))
+
+
+def say(message: str) -> None:
+    """Prints a line of progress on stderr."""
+    _console(stderr=True).print(message, style="dim", soft_wrap=True)
+
+
+def fail(error: AutoshardError) -> NoReturn:
+    """Prints an error of the user's and ends the command with its exit code."""
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(error.exit_code)

@@ -1,0 +1,147 @@
+"""Commands that only plan: no accelerator is touched, whatever is installed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from autoshard.cli import options
+from autoshard.cli.output import Json, say, show, show_json
+
+
+def search(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model of 'autoshard models', a Hugging Face config.json, or "
+            "package.module:function.",
+        ),
+    ],
+    cluster: Annotated[
+        str, typer.Option("--cluster", metavar="C", help=options.ClusterHelp)
+    ],
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", help="Sequences per step, all chips.")
+    ],
+    seq: Annotated[
+        int, typer.Option("--seq", metavar="N", help="Tokens per sequence.")
+    ],
+    strategy: Annotated[
+        str, typer.Option("--strategy", metavar="S", help=options.StrategyHelp)
+    ] = "auto",
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", metavar="NAME", help=options.OptimizerHelp)
+    ] = options.DEFAULT_OPTIMIZER,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", metavar="X", help="Its learning rate.")
+    ] = options.DEFAULT_LEARNING_RATE,
+    dtype: Annotated[
+        options.Dtype, typer.Option("--dtype", help="Type of the activations.")
+    ] = options.DEFAULT_DTYPE,
+    unrolled: Annotated[
+        bool, typer.Option("--unrolled", help=options.UnrolledHelp)
+    ] = False,
+    top: Annotated[
+        int | None,
+        typer.Option("--top", metavar="K", min=1, help="List the K best plans."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write the best plan."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest plan for a model on a cluster."""
+    from autoshard import api
+    from autoshard.cli.devices import plan_on_cpu
+    from autoshard.report import table
+
+    if output is not None:
+        api.check_writable(output)  # before minutes are spent on the search
+    plan_on_cpu()
+    ref = options.model_ref(
+        model,
+        batch=batch,
+        seq=seq,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        dtype=dtype,
+        unrolled=unrolled,
+    )
+    resolved = api.resolve(ref)
+    for note in resolved.notes:
+        say(note)
+    plans = api.search(
+        resolved.step,
+        resolved.batch,
+        cluster=cluster,
+        strategy=strategy,
+        top=top or 1,
+        model_ref=resolved.ref,
+        log=say,
+    )
+    best = plans[0]
+    if output is not None:
+        api.save_plan(best, output)
+        say(f"wrote {output}")
+    if as_json:
+        documents = [plan.model_dump(mode="json") for plan in plans]
+        show_json(documents[0] if top is None else documents)
+        return
+    show(best)
+    if top is not None:
+        show("")
+        show(table.ranking(plans))
+
+
+def explain(
+    plan: options.PlanFile,
+    tensor: Annotated[
+        str | None,
+        typer.Option("--tensor", metavar="PATH", help="Show one tensor in depth."),
+    ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Write all of it as a web page."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show every tensor and every collective of a plan, and where its time goes."""
+    from autoshard import report
+    from autoshard.plan.files import check_writable, load_plan, write_atomically
+    from autoshard.report import table
+
+    if html is not None:
+        check_writable(html)
+    loaded = load_plan(plan)
+    if tensor is not None:
+        document, view = report.explain_tensor(loaded, tensor), table.tensor_view
+    else:
+        document, view = report.explain(loaded), table.whole
+    if html is not None:
+        from autoshard.report import html as page
+
+        write_atomically(html, page.page(loaded))
+        say(f"wrote {html}")
+    if as_json:
+        show_json(document)
+    else:
+        show(view(document))
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A plan file.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another plan file.")],
+    as_json: Json = False,
+) -> None:
+    """Show what differs between two plans, and what it costs."""
+    from autoshard import report
+    from autoshard.plan.files import load_plan
+
+    document = report.compare(load_plan(a), load_plan(b))
+    if as_json:
+        show_json(document)
+    else:
+        show(report.comparison(document))

@@ -1,0 +1,40 @@
+"""A covering subset of the matrix; `make full` runs all of it."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.equality import pinned, run_and_compare
+
+from autoshard.plan.files import load_strategy, strategy_names
+
+TOLERANCE = 1e-5
+
+# Every strategy, both models, both forms of the layers, both remats, with and without
+# accumulation, each value next to several of the others.
+CASES = [
+    ("llama3-tiny", True, "dp", 2, "full", {}),
+    ("gpt2-tiny", False, "zero1", 1, "none", {}),
+    ("llama3-tiny", False, "zero2", 2, "full", {}),
+    ("gpt2-tiny", True, "fsdp", 2, "full", {"data": 2, "fsdp": 4}),
+    ("gpt2-tiny", False, "megatron-tp", 2, "full", {"data": 2, "tensor": 4}),
+    ("llama3-tiny", True, "megatron-sp", 1, "none", {"data": 1, "tensor": 8}),
+    ("gpt2-tiny", True, "fsdp-tp", 4, "none", {"data": 2, "fsdp": 2, "tensor": 2}),
+]
+
+
+@pytest.mark.parametrize(("model", "scan", "name", "cuts", "remat", "mesh"), CASES)
+def test_sharded_equals_single_device(model, scan, name, cuts, remat, mesh):
+    strategy = pinned(name, microbatches=cuts, remat=remat, **mesh)
+    found = run_and_compare(model, scan, strategy)
+    assert (found["microbatches"], found["remat"]) == (cuts, remat)
+    assert found["round_trip"]
+    assert max(found["worst"].values()) <= TOLERANCE, found
+
+
+def test_what_auto_chooses_equals_single_device():
+    found = run_and_compare("llama3-tiny", True, load_strategy("auto"))
+    assert max(found["worst"].values()) <= TOLERANCE, found
+
+
+def test_every_strategy_is_covered():
+    assert {case[2] for case in CASES} | {"auto"} == set(strategy_names())
