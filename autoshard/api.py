@@ -1,12 +1,12 @@
 """The public functions: the flat list of passes from a model to a running step.
 
-    resolve      name, path or module:function  ->  TrainStep, abstract batch
-    trace        TrainStep                      ->  Traced (a Program with named inputs)
-    find_classes Traced                         ->  DimClasses
-    propagate    Traced, classes, layout        ->  ShardedProgram
-    price        ShardedProgram, meshes         ->  Prices
-    search       TrainStep, cluster, strategy   ->  Plan
-    parallelize  TrainStep, Plan                ->  ParallelStep
+resolve      name, path or module:function  ->  TrainStep, abstract batch
+trace        TrainStep                      ->  Traced (a Program with named inputs)
+find_classes Traced                         ->  DimClasses
+propagate    Traced, classes, layout        ->  ShardedProgram
+price        ShardedProgram, meshes         ->  Prices
+search       TrainStep, cluster, strategy   ->  Plan
+parallelize  TrainStep, Plan                ->  ParallelStep
 """
 
 from __future__ import annotations

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from autoshard.cost.estimate import estimate, model_flops
-from autoshard.cost.price import Prices, Pricer
+from autoshard.cost.price import Pricer, Prices
 
 __all__ = ["Pricer", "Prices", "estimate", "model_flops"]

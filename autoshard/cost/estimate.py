@@ -149,7 +149,10 @@ def _descendants(pricer: Pricer, paths: dict[int, str]) -> dict[int, str]:
         name = names.get(op.outputs[0]) if op.outputs else None
         if name and name.startswith("gradient of "):
             if op.primitive in (
-                "autoshard_annotate", "link", "convert_element_type", "transpose",
+                "autoshard_annotate",
+                "link",
+                "convert_element_type",
+                "transpose",
             ):
                 for v in op.inputs:
                     if v >= 0:

@@ -64,8 +64,9 @@ def steps_of(reshard: Reshard) -> list[Step]:
         now |= set(scatter)
     if reduce:
         steps.append(Step("all_reduce", reduce, now))
-    moved = tuple(a for a in AXES if a in source and target.get(a, -1) not in
-                  (-1, source[a]))
+    moved = tuple(
+        a for a in AXES if a in source and target.get(a, -1) not in (-1, source[a])
+    )
     if moved:
         steps.append(Step("all_to_all", moved, now))
     sliced = tuple(a for a in AXES if a in target and a not in now)
@@ -161,7 +162,9 @@ class Pricer:
         rate = cluster.hbm_bytes_per_s * HBM_EFFICIENCY
         matmul, other = np.zeros(len(meshes)), np.zeros(len(meshes))
         for op, rule, axes in zip(
-            self.program.ops, self.sharded.classes.rules, self.sharded.factor_axes,
+            self.program.ops,
+            self.sharded.classes.rules,
+            self.sharded.factor_axes,
             strict=True,
         ):
             if rule.op_kind in ("link", "data"):
@@ -276,6 +279,8 @@ class Pricer:
                 size = self.local_bytes(
                     reshard.value, axes_of(reshard.target), meshes, cuts
                 )
+                moved = axes_of(reshard.source) ^ axes_of(reshard.target)
+                size = np.where(meshes.product(moved) > 1, size, 0.0)  # else no copy
                 first, last = self.uses[self._key(reshard)]
                 live("activations", size, first, last)
         for value in self._gradient_leaves():

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import prod
 
 from autoshard.ir.program import LINK, Program
-from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.ir.trace import Traced
+from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.propagate.classes import DimClasses
 
 FUSION_REACH_OPS = 64
@@ -65,9 +65,7 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
             rule.flops_per_point * prod(rule.sizes, start=1.0) for rule in rules
         ),
         materialised=_materialised(program, classes),
-        batched=tuple(
-            any(c in batch for c in dims) for dims in classes.of_value
-        ),
+        batched=tuple(any(c in batch for c in dims) for dims in classes.of_value),
         batched_op=batched_op,
         update=tuple(UPDATE_SCOPE in op.scope for op in program.ops),
         birth=birth,
@@ -88,9 +86,7 @@ def _materialised(program: Program, classes: DimClasses) -> tuple[bool, ...]:
             if v < 0:
                 continue
             producer = program.values[v].producer
-            if rule.op_kind not in (*_FUSED, "reduce"):
-                found[v] = True
-            elif producer >= 0 and op.index - producer > FUSION_REACH_OPS:
+            if rule.op_kind not in (*_FUSED, "reduce") or (producer >= 0 and op.index - producer > FUSION_REACH_OPS):
                 found[v] = True
     for op, rule in zip(program.ops, classes.rules, strict=True):
         # A broadcast or a constant is made again wherever it is needed.
@@ -133,6 +129,10 @@ def _lifetimes(traced: Traced) -> tuple[tuple[int, ...], tuple[int, ...]]:
                 until = max(until, last_op[region])
                 region = program.regions[region].parent
             death[v] = max(death[v], until)
+    for op in program.ops:
+        if op.primitive == LINK and op.params["kind"] == "carry":
+            # What a loop carries on is written over what it carried in.
+            birth[op.inputs[0]] = -2
     for k, v in enumerate(program.outputs):
         if v >= 0:
             death[v] = len(program.ops)
@@ -145,13 +145,18 @@ def _lifetimes(traced: Traced) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _gradients(program: Program, classes: DimClasses) -> frozenset[int]:
     found: set[int] = set()
-    for op, rule in zip(
-        reversed(program.ops), reversed(classes.rules), strict=True
-    ):
+    for op, rule in zip(reversed(program.ops), reversed(classes.rules), strict=True):
         if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient":
             found.update(op.outputs)
-        if found.intersection(op.outputs) and rule.op_kind in (
-            "elementwise", "move", "link",
-        ) and op.params.get("kind") != "slice":
+        if (
+            found.intersection(op.outputs)
+            and rule.op_kind
+            in (
+                "elementwise",
+                "move",
+                "link",
+            )
+            and op.params.get("kind") != "slice"
+        ):
             found.update(v for v in op.inputs if v >= 0)
     return frozenset(found)

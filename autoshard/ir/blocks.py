@@ -53,8 +53,10 @@ def _signature(eqn: Any) -> str:
     params = [
         f"{key}={value}"
         for key, value in sorted(eqn.params.items())
-        if key not in ("start_indices", "limit_indices")  # which layer, not what it does
-        and not callable(value) and not hasattr(value, "eqns")
+        if key
+        not in ("start_indices", "limit_indices")  # which layer, not what it does
+        and not callable(value)
+        and not hasattr(value, "eqns")
         and not isinstance(value, core.ClosedJaxpr)
     ]
     return f"{eqn.primitive.name}|{avals}|{params}"
@@ -157,8 +159,9 @@ def _run_checkpointed(jaxpr: Any, args: list[Any]) -> list[Any]:
     scans = [e for e in opened.eqns if e.primitive.name == "scan"]
     repeat = None
     if not any(e.params["length"] > 1 for e in scans):
-        structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in
-                   opened.invars]
+        structs = [
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in opened.invars
+        ]
         jaxpr = jax.make_jaxpr(partial(_inline_args, jaxpr))(*structs)
         opened, consts = _jaxcompat.open_jaxpr(jaxpr)
         repeat = find_repeat(

@@ -132,10 +132,18 @@ class _Builder:
         self.ops.append(Op(index=index, primitive=primitive, **fields))
         return index
 
-    def link(self, kind: str, source: int, target: int, like: Op | None, **kw: Any):
+    def link(
+        self,
+        kind: str,
+        source: int,
+        target: int,
+        *,
+        region: int,
+        address: str,
+        where: str,
+        lead: bool,
+    ) -> None:
         """Ties an existing inner value to an outer one, or an outer one to an inner."""
-        region, address, where, scope = kw["region"], kw["address"], kw["where"], ""
-        lead = kw["lead"]
         index = self.op(
             LINK,
             params={"kind": kind, "lead": lead},
@@ -144,11 +152,14 @@ class _Builder:
             region=region,
             address=address,
             source=where,
-            scope=scope,
+            scope="",
         )
         old = self.values[target]
         self.values[target] = Value(
-            target, old.shape, old.dtype, index if old.producer < 0 else old.producer,
+            target,
+            old.shape,
+            old.dtype,
+            index if old.producer < 0 else old.producer,
             old.region,
         )
 
@@ -184,9 +195,7 @@ class _Builder:
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in opened.outvars]
 
-    def plain(
-        self, eqn: Any, operands: list[int], region: int, path: str
-    ) -> list[int]:
+    def plain(self, eqn: Any, operands: list[int], region: int, path: str) -> list[int]:
         index = len(self.ops)
         results = [self.value(var.aval, region, index) for var in eqn.outvars]
         self.op(
@@ -223,28 +232,43 @@ class _Builder:
             if outer >= 0:
                 kind = "carry_in" if i < n_consts + n_carry else "slice"
                 self.link(
-                    kind, outer, value, None, region=inner, where=where,
-                    address=f"{address}:in{i}", lead=kind == "slice",
+                    kind,
+                    outer,
+                    value,
+                    region=inner,
+                    where=where,
+                    address=f"{address}:in{i}",
+                    lead=kind == "slice",
                 )
         body_outputs = self.walk(params["jaxpr"], body_inputs, inner, f"{address}/")
-        results: list[int] = []
-        for i, (var, value) in enumerate(zip(eqn.outvars, body_outputs, strict=True)):
-            result = self.value(var.aval, region)
-            results.append(result)
-            if value < 0:
-                continue
+        results = [self.value(var.aval, region) for var in eqn.outvars]
+        pairs = [
+            (i, value, result)
+            for i, (value, result) in enumerate(zip(body_outputs, results, strict=True))
+            if value >= 0
+        ]
+        # All links that run in the loop come before those that run after it.
+        for i, value, result in pairs:
             carried = i < n_carry
             self.link(
-                "carry_out" if carried else "stack", value, result, None,
-                region=region if carried else inner, where=where,
-                address=f"{address}:out{i}", lead=not carried,
+                "carry" if carried else "stack",
+                value,
+                body_inputs[n_consts + i] if carried else result,
+                region=inner,
+                where=where,
+                address=f"{address}:{'carry' if carried else 'out'}{i}",
+                lead=not carried,
             )
-            if carried:
-                back = body_inputs[n_consts + i]
-                self.link(
-                    "carry", value, back, None, region=inner, where=where,
-                    address=f"{address}:carry{i}", lead=False,
-                )
+        for i, value, result in pairs[: sum(i < n_carry for i, _, _ in pairs)]:
+            self.link(
+                "carry_out",
+                value,
+                result,
+                region=region,
+                where=where,
+                address=f"{address}:out{i}",
+                lead=False,
+            )
         return results
 
 

@@ -177,7 +177,8 @@ def _with_optimizer_states(program: Program, inputs: tuple[InputInfo, ...]):
             consumers.setdefault(value, set()).add(op.primitive)
     return tuple(
         InputInfo(i.path, i.shape, i.dtype, "optimizer", i.logical)
-        if i.state == "params" and consumers.get(v, set()) <= _SAME_SHAPE
+        if i.state == "params"
+        and consumers.get(v, set()) <= _SAME_SHAPE
         and consumers.get(v)
         else i
         for i, v in zip(inputs, program.inputs, strict=True)
@@ -211,5 +212,3 @@ def _out_source(args: tuple[Any, ...], out: Any) -> tuple[int, ...]:
             del free[match]
             source += range(starts[match], starts[match] + len(leaves))
     return tuple(source)
-
-

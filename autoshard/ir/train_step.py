@@ -163,9 +163,7 @@ class TrainStep:
         if count == 1:
             loss, grads, rest = one(state.rest, batch)
             return loss, grads, rest
-        pieces = jax.tree_util.tree_map_with_path(
-            partial(_cut, count=count), batch
-        )
+        pieces = jax.tree_util.tree_map_with_path(partial(_cut, count=count), batch)
 
         def body(carry: Any, piece: Any) -> tuple[Any, None]:
             total, acc, rest = carry

@@ -22,9 +22,7 @@ def check_tensors(step: TrainStep, plan: Plan, batch: Any) -> None:
         path_string(path): (tuple(leaf.shape), str(leaf.dtype))
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
     }
-    want = {
-        t.path: (t.shape, t.dtype) for t in plan.tensors if t.state != "data"
-    }
+    want = {t.path: (t.shape, t.dtype) for t in plan.tensors if t.state != "data"}
     if list(have.items()) == list(want.items()):
         return
     made_for = plan.program.model.model if plan.program.model else "another model"

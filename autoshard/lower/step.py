@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from autoshard.ir.errors import InputError, PlanMismatchError
 from autoshard.ir.interpret import evaluate
 from autoshard.ir.mesh import Spec
-from autoshard.ir.train_step import TrainState, TrainStep
 from autoshard.ir.trace import Traced, abstract, trace
+from autoshard.ir.train_step import TrainState, TrainStep
 from autoshard.lower.check import check_fingerprint, check_tensors
 from autoshard.plan.schema import Plan
 
@@ -62,9 +62,7 @@ class _Lowered:
 
     def _compile(self, traced: Traced, donate: tuple[int, ...]) -> None:
         plan, mesh = self.plan, self.mesh
-        pins = {
-            (c.address, c.slot): _sharding(mesh, c.spec) for c in plan.constraints
-        }
+        pins = {(c.address, c.slot): _sharding(mesh, c.spec) for c in plan.constraints}
         missing = set(pins) - _slots(traced)
         if missing:
             address, slot = min(missing)
@@ -127,9 +125,7 @@ class ParallelStep(_Lowered):
         plain = trace(step.with_schedule(microbatches=1, remat="none"), [batch])
         check_fingerprint(plain.program.fingerprint, plan)
         super().__init__(step, plan, devices)
-        self.step = step.with_schedule(
-            microbatches=plan.microbatches, remat=plan.remat
-        )
+        self.step = step.with_schedule(microbatches=plan.microbatches, remat=plan.remat)
         same = plan.microbatches == 1 and plan.remat == "none"
         self._compile(plain if same else trace(self.step, [batch]), donate=(0,))
         self.state_shardings, self.batch_shardings = self.in_shardings

@@ -287,7 +287,9 @@ class _Propagation:
     def _gradient_dims(self, op: Op) -> Dims:
         value = op.outputs[0]
         return self.storage_dims(
-            value, self.value_dims(value, None), self.layout.gradients,
+            value,
+            self.value_dims(value, None),
+            self.layout.gradients,
             f"gradient of {op.params['path']}",
         )
 
@@ -350,10 +352,7 @@ class _Propagation:
         self, op: Op, rule: FactorRule, axes: Dims, result_stored: bool
     ) -> None:
         unreduced = tuple(
-            a
-            for f, kind in enumerate(rule.kinds)
-            if kind == "reduce"
-            for a in axes[f]
+            a for f, kind in enumerate(rule.kinds) if kind == "reduce" for a in axes[f]
         )
         scalars = all(
             v < 0 or v in self.free or not self.program.values[v].shape
@@ -513,9 +512,7 @@ def _factors_from(
 
 def _natural(rule: FactorRule, axes: Dims) -> list[Dims]:
     """Specs the results have when the op runs with these axes per factor."""
-    return [
-        tuple(axes[dim[0]] if dim else () for dim in dims) for dims in rule.results
-    ]
+    return [tuple(axes[dim[0]] if dim else () for dim in dims) for dims in rule.results]
 
 
 def _used(rule: FactorRule, slot: int, spec: Dims) -> bool:

@@ -47,7 +47,9 @@ def _conv(ctx: RuleContext) -> FactorRule:
     lhs, rhs = ctx.operands
     out = ctx.results[0]
     lhs_spec, rhs_spec, out_spec = (
-        numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec,
+        numbers.lhs_spec,
+        numbers.rhs_spec,
+        numbers.out_spec,
     )
     factors = Factors()
     a: list[Dim] = [() for _ in lhs]

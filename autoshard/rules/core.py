@@ -63,7 +63,10 @@ class FactorRule:
 
         def show(dims: tuple[Dim, ...]) -> str:
             words = [
-                "1" if not d else letters[d[0]] if len(d) == 1
+                "1"
+                if not d
+                else letters[d[0]]
+                if len(d) == 1
                 else "(" + "".join(letters[f] for f in d) + ")"
                 for d in dims
             ]
@@ -116,8 +119,12 @@ class Factors:
     ) -> FactorRule:
         """Finishes the rule."""
         return FactorRule(
-            tuple(operands), tuple(results), tuple(self.sizes), tuple(self.kinds),
-            op_kind, flops_per_point,
+            tuple(operands),
+            tuple(results),
+            tuple(self.sizes),
+            tuple(self.kinds),
+            op_kind,
+            flops_per_point,
         )
 
 

@@ -57,8 +57,11 @@ def _scatter(ctx: RuleContext) -> FactorRule:
     index: list[Dim] = [
         factors.new(
             size,
-            "pass" if d in numbers.scatter_indices_batching_dims
-            else "reduce" if adds else "blocked",
+            "pass"
+            if d in numbers.scatter_indices_batching_dims
+            else "reduce"
+            if adds
+            else "blocked",
         )
         for d, size in enumerate(indices[:-1])
     ]
@@ -85,12 +88,8 @@ def _scatter(ctx: RuleContext) -> FactorRule:
             target[d] = factors.new(size, "blocked")
             update[u] = factors.new(updates[u], "blocked")
     rows = iter(index[:-1])
-    dims = tuple(
-        update[d] if d in update else next(rows) for d in range(len(updates))
-    )
-    return factors.rule(
-        [tuple(target), tuple(index), dims], [tuple(target)], "scatter"
-    )
+    dims = tuple(update[d] if d in update else next(rows) for d in range(len(updates)))
+    return factors.rule([tuple(target), tuple(index), dims], [tuple(target)], "scatter")
 
 
 @register(

@@ -92,9 +92,7 @@ def _reshape(ctx: RuleContext) -> FactorRule:
         for dims, shape, end in ((left, a, i), (right, b, j)):
             for d in range(end + 1):
                 dims[d] = list(factors.new(shape[d], "blocked"))
-    return factors.rule(
-        [tuple(map(tuple, left))], [tuple(map(tuple, right))], "move"
-    )
+    return factors.rule([tuple(map(tuple, left))], [tuple(map(tuple, right))], "move")
 
 
 @register("slice", "pad", "rev", "tile")
@@ -119,9 +117,7 @@ def _join(ctx: RuleContext) -> FactorRule:
     added = ctx.primitive in ("stack", "unstack")
     parts = ctx.results if ctx.primitive in ("split", "unstack") else ctx.operands
     whole = ctx.operands if ctx.primitive in ("split", "unstack") else ctx.results
-    shared = [
-        () if d == axis else factors.new(size) for d, size in enumerate(whole[0])
-    ]
+    shared = [() if d == axis else factors.new(size) for d, size in enumerate(whole[0])]
 
     def dims(shape: tuple[int, ...], is_part: bool) -> tuple[Dim, ...]:
         out = list(shared)

@@ -10,8 +10,9 @@ import numpy as np
 from autoshard.cost import Pricer, estimate, model_flops
 from autoshard.cost.work import analyse
 from autoshard.ir.mesh import AXES, Spec
-from autoshard.ir.train_step import TrainStep
 from autoshard.ir.trace import trace
+from autoshard.ir.train_step import TrainStep
+from autoshard.ir.version import VERSION
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import (
     Certificate,
@@ -26,7 +27,6 @@ from autoshard.plan.schema import (
 )
 from autoshard.propagate import Layout, ShardedProgram, find_classes, propagate
 from autoshard.propagate.sharded import OUTPUT, Dims
-from autoshard.ir.version import VERSION
 
 
 def finish(
@@ -62,9 +62,7 @@ def finish(
     sizes = {a: n for a, n in strategy.mesh.items() if n != "auto"}
     sharded = propagate(traced, classes, Layout.of(strategy, sizes))
     pricer = Pricer(sharded, analyse(traced, classes))
-    predicted = estimate(
-        pricer, cluster, sizes, model_flops(plain.work, plain.classes)
-    )
+    predicted = estimate(pricer, cluster, sizes, model_flops(plain.work, plain.classes))
     bound = min(certificate.lower_bound_s, predicted.step_s)
     certificate = certificate.model_copy(
         update={"lower_bound_s": bound, "gap": predicted.step_s / bound - 1}
@@ -127,9 +125,7 @@ def _tensors(sharded: ShardedProgram) -> list[TensorPlan]:
 def _outputs(sharded: ShardedProgram) -> list[Spec]:
     program = sharded.traced.program
     found = []
-    for value, source in zip(
-        program.outputs, sharded.traced.out_source, strict=True
-    ):
+    for value, source in zip(program.outputs, sharded.traced.out_source, strict=True):
         if source >= 0:
             found.append(Spec(sharded.specs[program.inputs[source]]))
         else:

@@ -65,7 +65,9 @@ def _grown(cluster: Cluster, factor: int) -> Cluster | None:
             shape[shape.index(min(shape))] *= 2
             left //= 2
         shape.sort()
-    elif cluster.kind == "gpu" and cluster.num_chips < cluster.chip.chips_per_node.value:
+    elif (
+        cluster.kind == "gpu" and cluster.num_chips < cluster.chip.chips_per_node.value
+    ):
         shape[1] *= factor
         whole = int(cluster.chip.chips_per_node.value)
         if shape[1] > whole:

@@ -13,8 +13,8 @@ from autoshard.cost.price import MEMORY_HEADROOM, axes_of
 from autoshard.cost.work import Work, analyse
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
-from autoshard.ir.train_step import TrainStep
 from autoshard.ir.trace import Traced, trace
+from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
 from autoshard.propagate import DimClasses, Layout, find_classes, propagate
@@ -116,8 +116,13 @@ class Space:
             if sketch is None:
                 continue
             layout = Layout.of(structure)
-            key = (remat, layout.rules, layout.params, layout.gradients,
-                   layout.optimizer)
+            key = (
+                remat,
+                layout.rules,
+                layout.params,
+                layout.gradients,
+                layout.optimizer,
+            )
             pricer = self._pricers.get(key)
             if pricer is None:
                 sharded = propagate(sketch.traced, sketch.classes, layout)
@@ -128,14 +133,28 @@ class Space:
             sizes, pieces = grid[fits], pieces[fits]
             if not len(sizes):
                 found.append(
-                    Candidates(structure, pricer, sizes, pieces, np.zeros(0),
-                               np.zeros(0), len(grid))
+                    Candidates(
+                        structure,
+                        pricer,
+                        sizes,
+                        pieces,
+                        np.zeros(0),
+                        np.zeros(0),
+                        len(grid),
+                    )
                 )
                 continue
             prices = pricer.price(cluster, sizes, pieces.astype(np.float64))
             found.append(
-                Candidates(structure, pricer, sizes, pieces, prices.step_s,
-                           prices.peak_bytes, int((~fits).sum()))
+                Candidates(
+                    structure,
+                    pricer,
+                    sizes,
+                    pieces,
+                    prices.step_s,
+                    prices.peak_bytes,
+                    int((~fits).sum()),
+                )
             )
         return found
 
@@ -242,7 +261,12 @@ def search_plans(
             complete=True,
         )
         plan = finish(
-            fn, args, cluster, _filled(group, k), certificate, model_ref,
+            fn,
+            args,
+            cluster,
+            _filled(group, k),
+            certificate,
+            model_ref,
             everything.sketch("none"),
         )
         if plan.predicted.memory.total > plan.predicted.memory.capacity:
@@ -269,7 +293,9 @@ def _identity(group: Candidates, k: int) -> Any:
         int(group.cuts[k]),
         group.strategy.schedule.remat,
         tuple((r.logical, active(r.axes)) for r in group.strategy.rules),
-        active(storage.params), active(storage.gradients), active(storage.optimizer),
+        active(storage.params),
+        active(storage.gradients),
+        active(storage.optimizer),
     )
 
 

@@ -60,12 +60,14 @@ def _storage_domain(storage: Storage, mesh: dict[str, object]) -> list[Storage]:
 def structures(strategy: Strategy) -> Iterator[Strategy]:
     """Strategies in which only mesh sizes and microbatches are still holes."""
     domains = [
-        _rule_domain(rule.logical, dict(strategy.mesh)) if rule.axes == "auto"
+        _rule_domain(rule.logical, dict(strategy.mesh))
+        if rule.axes == "auto"
         else [rule.axes]
         for rule in strategy.rules
     ]
     remats = (
-        ("none", "full") if strategy.schedule.remat == "auto"
+        ("none", "full")
+        if strategy.schedule.remat == "auto"
         else (strategy.schedule.remat,)
     )
     for axes, storage, remat in itertools.product(

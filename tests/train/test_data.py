@@ -1,9 +1,9 @@
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jax
 from autoshard.ir.errors import InputError
 from autoshard.train.data import CORPUS_CAP_BYTES, ByteCorpus
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -65,7 +66,9 @@ class FakeStep:
             "out": jax.random.normal(out, (WIDTH, VOCAB)),
         }
         trace = jax.tree.map(jnp.zeros_like, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, (trace, None), {"key": rest})
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, (trace, None), {"key": rest}
+        )
 
     def init(self, seed):
         return self._init(seed)
@@ -93,3 +96,8 @@ def _sgd(state, batch, *, learning_rate):
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
     new = TrainState(state.step + 1, params, (trace, None), {"key": key})
     return new, {"loss": loss, "grad_norm": norm}
+
+
+@pytest.fixture
+def make_step():
+    return FakeStep
