@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from autoshard.cli import lists, planning, running
 from autoshard.cli.output import fail
 from autoshard.ir.errors import AutoshardError
-from autoshard.version import VERSION
+from autoshard.ir.version import VERSION
 
 
 class _Group(TyperGroup):

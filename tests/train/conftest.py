@@ -85,7 +85,8 @@ def _sgd(state, batch, *, learning_rate):
 
     def loss_fn(params):
         hidden = params["embed"][batch["tokens"]]
-        hidden *= jax.random.bernoulli(drop, 0.9, (WIDTH,))
+        kept = jax.random.bernoulli(drop, 0.9, (WIDTH,))
+        hidden = jnp.where(kept, hidden, jnp.float32(0))
         logits = jax.nn.log_softmax(hidden @ params["out"])
         picked = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)
         return -picked.mean()

@@ -260,10 +260,10 @@ def test_other_runs_and_other_ends_are_refused(make_step, data, tmp_path, quiet)
         Trainer(again, data, steps=3, **options).run()
     with pytest.raises(CheckpointError, match="seed: it has 0, this run 1"):
         Trainer(again, data, steps=3, seed=1, resume=True, **options).run()
+    other = make_step(fingerprint="beef")
     with pytest.raises(CheckpointError, match="program: it has f00d, this run beef"):
-        other = make_step(fingerprint="beef")
         Trainer(other, data, steps=3, resume=True, **options).run()
-    with pytest.raises(CheckpointError, match="optimizer: .*this run adamw"):
+    with pytest.raises(CheckpointError, match=r"optimizer: .*this run adamw"):
         Trainer(again, data, steps=3, resume=True, optimizer="adamw", **options).run()
     with pytest.raises(InputError, match="step 3, beyond the steps=2"):
         Trainer(again, data, steps=2, resume=True, **options).run()
@@ -301,8 +301,8 @@ def test_a_torn_metrics_line_is_dropped_and_a_foreign_file_kept(
     with pytest.raises(OutputError, match="already exists"):
         Trainer(make_step(), data, steps=4, metrics_path=path, **quiet).run()
     assert path.read_text().startswith("dear diary")
+    nowhere = tmp_path / "absent" / "metrics.jsonl"
     with pytest.raises(OutputError, match="does not exist"):
-        nowhere = tmp_path / "absent" / "metrics.jsonl"
         Trainer(make_step(), data, steps=1, metrics_path=nowhere, **quiet).run()
 
 
