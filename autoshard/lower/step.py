@@ -73,10 +73,11 @@ class _Lowered:
             )
 
         def place(address: str, slot: str, value: Any) -> Any:
-            sharding = pins.get((address, slot))
-            if sharding is None:
-                return value
-            return jax.lax.with_sharding_constraint(value, sharding)
+            for at in dict.fromkeys((slot.replace("out", "sum"), slot)):
+                sharding = pins.get((address, at))
+                if sharding is not None:
+                    value = jax.lax.with_sharding_constraint(value, sharding)
+            return value
 
         def run(*args: Any) -> Any:
             results = evaluate(traced.jaxpr, jax.tree.leaves(args), place)
@@ -100,7 +101,8 @@ def _slots(traced: Traced) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for op in traced.program.ops:
         found |= {(op.address, f"in{k}") for k in range(len(op.inputs))}
-        found |= {(op.address, f"out{k}") for k in range(len(op.outputs))}
+        for k in range(len(op.outputs)):
+            found |= {(op.address, f"out{k}"), (op.address, f"sum{k}")}
     return found
 
 

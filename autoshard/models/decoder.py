@@ -2,8 +2,8 @@
 
 Nothing here knows of a mesh. What a planner may use beyond the program itself are the
 logical axis names on the parameters: ``embed heads kv_heads head_dim mlp vocab``,
-``layers`` on the leading dim of stacked blocks, and ``position`` on the rows of a
-learned position table.
+``layers`` on the leading dim of stacked blocks, ``qkv`` on the rows of the attention
+bias, and ``position`` on the rows of a learned position table.
 """
 
 from collections.abc import Mapping

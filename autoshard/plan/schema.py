@@ -235,7 +235,8 @@ class Constraint(_Model):
 
     Attributes:
         address: Address of the op, see `ir.walk`.
-        slot: `in0`, `in1`, ... for an operand, `out0`, ... for a result.
+        slot: `in0`, `in1`, ... for an operand, `out0`, ... for a result; `sum0`, ...
+            for a result before the plan reshards it, its partial sums complete.
         spec: Spec the value gets there.
     """
 

@@ -171,6 +171,15 @@ class _Propagation:
                     dims[d] = axes
         return tuple(dims)
 
+    def _is_residual(self, value: int) -> bool:
+        """Whether some dim is sharded by a residual rule alone."""
+        spec = self.specs[value]
+        assert spec is not None
+        return any(
+            axes and self.weak.get(cls) == axes
+            for axes, cls in zip(spec, self.classes.of_value[value], strict=True)
+        )
+
     def storage_dims(
         self, value: int, base: Dims, axes: tuple[str, ...], path: str
     ) -> Dims:
@@ -385,8 +394,11 @@ class _Propagation:
                 self.reshards.append(
                     Reshard(op.index, f"out{k}", value, natural, unreduced, spec)
                 )
-            elif op.primitive == LINK and value in self.stored:
-                # Keeps the partitioner from gathering the whole stack up front.
+            elif op.primitive == LINK and (
+                value in self.stored or self._is_residual(value)
+            ):
+                # Keeps the partitioner from gathering the whole stack up front, or
+                # from keeping the gathered form of what a layer saves.
                 self.pins.append((op.index, f"out{k}"))
 
     def _operands(self, op: Op, rule: FactorRule, axes: Dims) -> None:

@@ -144,7 +144,13 @@ def _constraints(sharded: ShardedProgram, sizes: dict[str, int]) -> list[Constra
     for reshard in sharded.reshards:
         if reshard.op == OUTPUT:
             continue  # the results' own shardings say it
-        pinned[ops[reshard.op].address, reshard.slot] = reshard.target
+        address = ops[reshard.op].address
+        pinned[address, reshard.slot] = reshard.target
+        kind = sharded.classes.rules[reshard.op].op_kind
+        if kind in ("gather", "scatter") and reshard.unreduced:
+            # Shown only the final spec, the partitioner moves the table or the
+            # updates instead of the partial sums.
+            pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
     for index, slot in sharded.pins:
         side = ops[index].inputs if slot.startswith("in") else ops[index].outputs
         value = side[int(slot.lstrip("inout"))]

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from autoshard.ir.train_step import path_string
 
@@ -41,12 +40,18 @@ def tree_checksums(tree: Any) -> dict[str, str]:
     False
     """
     leaves = leaves_by_path(tree)
-    if not leaves:
-        return {}
-    sums = jax.device_get(_leaf_sums(list(leaves.values())))
+    # One computation has one set of devices, and the leaves may have several.
+    groups: dict[Any, list[str]] = {}
+    for path, leaf in leaves.items():
+        devices = leaf.sharding.device_set if isinstance(leaf, jax.Array) else ()
+        groups.setdefault(frozenset(devices), []).append(path)
+    sums: dict[str, Any] = {}
+    for paths in groups.values():
+        results = _leaf_sums([leaves[path] for path in paths])
+        sums.update(zip(paths, results, strict=True))
+    sums = jax.device_get(sums)
     return {
-        path: f"{int(np.asarray(low)):08x}{int(np.asarray(high)):08x}"
-        for path, (low, high) in zip(leaves, sums, strict=True)
+        path: f"{int(sums[path][0]):08x}{int(sums[path][1]):08x}" for path in leaves
     }
 
 

@@ -195,7 +195,7 @@ def test_signals_are_left_alone_outside_the_main_thread(make_step, data, quiet):
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
-    make_step, data, tmp_path
+    make_step, data, tmp_path, flip_data
 ):
     lines = []
     options = {
@@ -206,11 +206,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
     }
     (tmp_path / "run").mkdir()
     full = Trainer(make_step(), data, steps=6, **options).run()
-    files = [f for f in (tmp_path / "run/6/state").rglob("*") if f.is_file()]
-    path = max(files, key=lambda f: f.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip_data(tmp_path / "run", 6)
 
     rest = Trainer(make_step(), data, steps=6, resume=True, **options).run()
     assert (rest.first_step, rest.last_step) == (4, 6)
