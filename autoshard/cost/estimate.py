@@ -147,14 +147,9 @@ def _descendants(pricer: Pricer, paths: dict[int, str]) -> dict[int, str]:
             names[op.outputs[0]] = names[single[0]]
     for op in reversed(pricer.program.ops):
         name = names.get(op.outputs[0]) if op.outputs else None
-        if name and name.startswith("gradient of "):
-            if op.primitive in (
-                "autoshard_annotate",
-                "link",
-                "convert_element_type",
-                "transpose",
-            ):
-                for v in op.inputs:
-                    if v >= 0:
-                        names.setdefault(v, name)
+        chain = ("autoshard_annotate", "link", "convert_element_type", "transpose")
+        if name and name.startswith("gradient of ") and op.primitive in chain:
+            for v in op.inputs:
+                if v >= 0:
+                    names.setdefault(v, name)
     return names

@@ -86,7 +86,8 @@ def _materialised(program: Program, classes: DimClasses) -> tuple[bool, ...]:
             if v < 0:
                 continue
             producer = program.values[v].producer
-            if rule.op_kind not in (*_FUSED, "reduce") or (producer >= 0 and op.index - producer > FUSION_REACH_OPS):
+            far = producer >= 0 and op.index - producer > FUSION_REACH_OPS
+            if far or rule.op_kind not in (*_FUSED, "reduce"):
                 found[v] = True
     for op, rule in zip(program.ops, classes.rules, strict=True):
         # A broadcast or a constant is made again wherever it is needed.
@@ -150,12 +151,7 @@ def _gradients(program: Program, classes: DimClasses) -> frozenset[int]:
             found.update(op.outputs)
         if (
             found.intersection(op.outputs)
-            and rule.op_kind
-            in (
-                "elementwise",
-                "move",
-                "link",
-            )
+            and rule.op_kind in ("elementwise", "move", "link")
             and op.params.get("kind") != "slice"
         ):
             found.update(v for v in op.inputs if v >= 0)

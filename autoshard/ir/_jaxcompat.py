@@ -64,6 +64,11 @@ def name_stack(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
+def hide_from_source_lines(file: str) -> None:
+    """Makes source lines skip the frames of `file` and name its caller instead."""
+    source_info_util.register_exclusion(file)
+
+
 def has_sharding_params(eqn: Any) -> bool:
     """Whether an inner `jit` fixes shardings of its own."""
     shardings = (

@@ -13,7 +13,10 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from autoshard.ir import _jaxcompat
 from autoshard.ir.errors import InputError
+
+_jaxcompat.hide_from_source_lines(__file__)
 
 annotate_p = Primitive("autoshard_annotate")
 annotate_p.def_impl(lambda x, **_: x)

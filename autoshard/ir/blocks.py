@@ -20,6 +20,8 @@ from jax.extend import core
 from autoshard.ir import _jaxcompat
 from autoshard.ir.errors import InputError
 
+_jaxcompat.hide_from_source_lines(__file__)
+
 
 @dataclass(frozen=True, slots=True)
 class Repeat:

@@ -10,6 +10,8 @@ import jax
 from autoshard.ir import _jaxcompat
 from autoshard.ir.walk import Addresser, inlined
 
+_jaxcompat.hide_from_source_lines(__file__)
+
 Place = Callable[[str, str, Any], Any]
 """`(address, slot, value) -> value`; slot is `"in0"`, `"in1"`, ... or `"out0"`, ..."""
 
@@ -86,9 +88,9 @@ def _evaluate(
             results = [place(address, f"out{k}", r) for k, r in enumerate(results)]
         env.update(zip(eqn.outvars, results, strict=True))
         for atom in eqn.invars:  # free what eager evaluation would otherwise hold
-            if not _jaxcompat.is_literal(atom) and last_use[atom] == i:
-                if atom not in kept:
-                    env.pop(atom, None)
+            if _jaxcompat.is_literal(atom) or atom in kept or last_use[atom] != i:
+                continue
+            env.pop(atom, None)
     return [read(atom) for atom in opened.outvars]
 
 

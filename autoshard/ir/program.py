@@ -21,6 +21,19 @@ from autoshard.ir.walk import Addresser, inlined
 
 LINK = "link"
 
+_DIM_PARAMS = (
+    "axes",
+    "axis",
+    "broadcast_dimensions",
+    "dimension",
+    "dimension_numbers",
+    "dimensions",
+    "padding_config",
+    "permutation",
+    "slice_sizes",
+)
+"""Parameters that say which dims an op works on, which shapes alone do not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -59,7 +72,7 @@ class Op:
         region: The region it runs in.
         address: Stable address, see `ir.walk`.
         source: The user's `file:line (function)`.
-        scope: The name stack.
+        scope: The name stack, that of enclosing calls and loops included.
     """
 
     index: int
@@ -164,7 +177,7 @@ class _Builder:
         )
 
     def walk(
-        self, jaxpr: Any, inputs: Sequence[int], region: int, path: str
+        self, jaxpr: Any, inputs: Sequence[int], region: int, path: str, scope: str
     ) -> list[int]:
         opened, consts = _jaxcompat.open_jaxpr(jaxpr)
         env: dict[Any, int] = dict(zip(opened.invars, inputs, strict=True))
@@ -177,25 +190,29 @@ class _Builder:
         for eqn in opened.eqns:
             operands = [read(atom) for atom in eqn.invars]
             inner = inlined(eqn)
+            # Inside a call the name stack starts anew.
+            within = "/".join(filter(None, (scope, _jaxcompat.name_stack(eqn))))
             if inner is not None:
                 # Literals cannot be looked up by the callee's variable.
                 operands = [
                     self.value(atom.aval, region) if index < 0 else index
                     for atom, index in zip(eqn.invars, operands, strict=True)
                 ]
-                results = self.walk(inner, operands, region, path)
+                results = self.walk(inner, operands, region, path, within)
                 results = [
                     self.value(var.aval, region) if index < 0 else index
                     for var, index in zip(eqn.outvars, results, strict=True)
                 ]
             elif eqn.primitive.name == "scan":
-                results = self.scan(eqn, operands, region, path)
+                results = self.scan(eqn, operands, region, path, within)
             else:
-                results = self.plain(eqn, operands, region, path)
+                results = self.plain(eqn, operands, region, path, within)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in opened.outvars]
 
-    def plain(self, eqn: Any, operands: list[int], region: int, path: str) -> list[int]:
+    def plain(
+        self, eqn: Any, operands: list[int], region: int, path: str, scope: str
+    ) -> list[int]:
         index = len(self.ops)
         results = [self.value(var.aval, region, index) for var in eqn.outvars]
         self.op(
@@ -210,11 +227,13 @@ class _Builder:
             region=region,
             address=self.addresses.next(path, eqn),
             source=_jaxcompat.source_line(eqn),
-            scope=_jaxcompat.name_stack(eqn),
+            scope=scope,
         )
         return results
 
-    def scan(self, eqn: Any, operands: list[int], region: int, path: str) -> list[int]:
+    def scan(
+        self, eqn: Any, operands: list[int], region: int, path: str, scope: str
+    ) -> list[int]:
         params = eqn.params
         n_consts, n_carry = _jaxcompat.scan_counts(params)
         address = self.addresses.next(path, eqn)
@@ -240,7 +259,9 @@ class _Builder:
                     address=f"{address}:in{i}",
                     lead=kind == "slice",
                 )
-        body_outputs = self.walk(params["jaxpr"], body_inputs, inner, f"{address}/")
+        body_outputs = self.walk(
+            params["jaxpr"], body_inputs, inner, f"{address}/", scope
+        )
         results = [self.value(var.aval, region) for var in eqn.outvars]
         pairs = [
             (i, value, result)
@@ -281,7 +302,7 @@ def build(closed_jaxpr: Any, input_paths: Sequence[str]) -> Program:
     builder = _Builder()
     opened, _ = _jaxcompat.open_jaxpr(closed_jaxpr)
     inputs = [builder.value(var.aval, 0) for var in opened.invars]
-    outputs = builder.walk(closed_jaxpr, inputs, 0, "")
+    outputs = builder.walk(closed_jaxpr, inputs, 0, "", "")
     for op in builder.ops:
         if op.primitive in ("while", "cond", "shard_map", "pallas_call"):
             raise RuleMissingError(
@@ -307,5 +328,7 @@ def _fingerprint(builder: _Builder, inputs: list[int], outputs: list[int]) -> st
         digest.update(f"{value.shape}{value.dtype}{value.region};".encode())
     for op in builder.ops:
         digest.update(f"{op.primitive}{op.inputs}{op.outputs}{op.region};".encode())
+        dims = [(key, op.params[key]) for key in _DIM_PARAMS if key in op.params]
+        digest.update(f"{dims};".encode())
     digest.update(f"{builder.regions}{inputs}{outputs}".encode())
     return digest.hexdigest()[:16]

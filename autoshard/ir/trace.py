@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,9 @@ def trace(fn: Callable[..., Any], args: Sequence[Any]) -> Traced:
     )
 
 
-def _inputs(fn: Any, args: tuple[Any, ...], logical: dict[str, Any]):
+def _inputs(
+    fn: Any, args: tuple[Any, ...], logical: dict[str, Any]
+) -> Iterator[InputInfo]:
     for number, arg in enumerate(args):
         is_batch = number == len(args) - 1
         for path, leaf in jax.tree_util.tree_flatten_with_path(arg)[0]:
@@ -165,7 +167,9 @@ def _inputs(fn: Any, args: tuple[Any, ...], logical: dict[str, Any]):
 _SAME_SHAPE = frozenset({"convert_element_type", "copy", "mul", "add", "sub", "square"})
 
 
-def _with_optimizer_states(program: Program, inputs: tuple[InputInfo, ...]):
+def _with_optimizer_states(
+    program: Program, inputs: tuple[InputInfo, ...]
+) -> tuple[InputInfo, ...]:
     """In a plain function, states touched only point by point are optimizer state.
 
     A parameter takes part in a product, a lookup or a broadcast somewhere; a moment

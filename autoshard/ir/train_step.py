@@ -179,6 +179,7 @@ class TrainStep:
             return total / count, grads, rest
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        """Runs one step on one device: the new state, and loss and gradient norm."""
         loss, grads, rest = self.loss_and_gradients(state, batch)
         with jax.named_scope(UPDATE_SCOPE):
             norm = optax.tree.norm(grads)

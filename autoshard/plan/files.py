@@ -147,7 +147,8 @@ def check_writable(path: str | Path) -> None:
         raise OutputError(f"cannot write {path}: it is a directory; name a file in it.")
     if not folder.is_dir():
         raise OutputError(
-            f"cannot write {path}: the directory {folder} does not exist; make it first."
+            f"cannot write {path}: the directory {folder} does not exist; make it "
+            "first."
         )
     if not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write {path}: no permission to write in {folder}.")

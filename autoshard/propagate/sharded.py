@@ -127,8 +127,8 @@ class _Propagation:
             found = self.strong.get(cls, [])
             if len({axes for _, axes in found}) > 1:
                 self.notes[
-                    f"dims named {' and '.join(names)} are tied by the program but have "
-                    f"different rules; the first, {'+'.join(found[0][1])}, holds"
+                    f"dims named {' and '.join(names)} are tied by the program but "
+                    f"have different rules; the first, {'+'.join(found[0][1])}, holds"
                 ] = None
             if found:
                 self.strong[cls] = found[:1]

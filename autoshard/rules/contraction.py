@@ -55,13 +55,13 @@ def _conv(ctx: RuleContext) -> FactorRule:
     a: list[Dim] = [() for _ in lhs]
     b: list[Dim] = [() for _ in rhs]
     c: list[Dim] = [() for _ in out]
+    # Input dims that are wider than what one output point reads get no factor, else
+    # the factor space would count more products than there are.
     if ctx.params["batch_group_count"] == 1:
         a[lhs_spec[0]] = c[out_spec[0]] = factors.new(lhs[lhs_spec[0]])
     else:
-        a[lhs_spec[0]] = factors.new(lhs[lhs_spec[0]], "blocked")
         c[out_spec[0]] = factors.new(out[out_spec[0]], "blocked")
     if grouped:
-        a[lhs_spec[1]] = factors.new(lhs[lhs_spec[1]], "blocked")
         b[rhs_spec[0]] = c[out_spec[1]] = factors.new(rhs[rhs_spec[0]], "blocked")
         b[rhs_spec[1]] = factors.new(rhs[rhs_spec[1]], "blocked")
     else:

@@ -26,7 +26,8 @@ OpKind = Literal[
 they hold (broadcast, iota) and fuses for free; `move` only rearranges."""
 
 Dim = tuple[int, ...]
-"""The factors of one dim, major first; empty for a dim of size one."""
+"""The factors of one dim, major first; empty for a dim of size one, and for one that is
+needed whole and that no factor counts."""
 
 
 @dataclass(frozen=True, slots=True)

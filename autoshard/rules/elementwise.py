@@ -21,9 +21,9 @@ def pointwise(ctx: RuleContext, flops: float) -> FactorRule:
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2",
     "atanh", "cbrt", "ceil", "clamp", "complex", "conj", "cos", "cosh", "digamma",
     "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt",
-    "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic",
-    "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "one_minus_square", "or",
-    "population_count", "pow", "real", "rem", "round", "rsqrt", "select_n",
+    "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "log2",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "one_minus_square",
+    "or", "population_count", "pow", "real", "rem", "round", "rsqrt", "select_n",
     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
     "sinh", "sqrt", "square", "sub", "tan", "tanh", "threefry2x32", "xor",
 )  # fmt: skip
@@ -32,8 +32,8 @@ def _arithmetic(ctx: RuleContext) -> FactorRule:
 
 
 @register(
-    "autoshard_annotate", "convert_element_type", "copy", "copy_p", "device_put",
-    "name", "reduce_precision", "stop_gradient",
+    "autoshard_annotate", "convert_element_type", "copy", "device_put", "name",
+    "reduce_precision", "stop_gradient",
 )  # fmt: skip
 def _identity(ctx: RuleContext) -> FactorRule:
     return pointwise(ctx, 0.0)

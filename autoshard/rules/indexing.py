@@ -45,14 +45,13 @@ def _gather(ctx: RuleContext) -> FactorRule:
 
 
 @register(
-    "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul",
-    "scatter_add", "scatter_max", "scatter_min", "scatter_mul",
+    "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub"
 )  # fmt: skip
 def _scatter(ctx: RuleContext) -> FactorRule:
     """The transpose of a gather: updates from sharded rows give partial sums."""
     numbers = ctx.params["dimension_numbers"]
     operand, indices, updates = ctx.operands
-    adds = ctx.primitive in ("scatter-add", "scatter_add")
+    adds = ctx.primitive in ("scatter-add", "scatter-sub")
     factors = Factors()
     index: list[Dim] = [
         factors.new(

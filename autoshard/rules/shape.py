@@ -7,7 +7,9 @@ import math
 from autoshard.rules.core import Dim, FactorRule, Factors, RuleContext, register
 
 
-def _kept(factors: Factors, inner: tuple[int, ...], outer: tuple[int, ...]):
+def _kept(
+    factors: Factors, inner: tuple[int, ...], outer: tuple[int, ...]
+) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
     """Dims for an op whose result is part of its operand, or the reverse.
 
     A dim of unchanged size is the same factor on both sides; another one is blocked.
@@ -82,7 +84,7 @@ def _reshape(ctx: RuleContext) -> FactorRule:
             n = b[j] if j >= 0 else 1
             continue
         small, large = min(m, n), max(m, n)
-        if large % small:  # sizes that do not nest: nothing to the left is aligned
+        if not small or large % small:  # not nested: nothing to the left is aligned
             break
         (factor,) = factors.new(small)
         left[i].insert(0, factor)
@@ -95,7 +97,7 @@ def _reshape(ctx: RuleContext) -> FactorRule:
     return factors.rule([tuple(map(tuple, left))], [tuple(map(tuple, right))], "move")
 
 
-@register("slice", "pad", "rev", "tile")
+@register("slice", "rev", "tile")
 def _resize(ctx: RuleContext) -> FactorRule:
     factors = Factors()
     if ctx.primitive == "rev":
@@ -107,6 +109,25 @@ def _resize(ctx: RuleContext) -> FactorRule:
     inner, outer = _kept(factors, ctx.operands[0], ctx.results[0])
     rest = [() for _ in ctx.operands[1:]]
     return factors.rule([inner, *rest], [outer], "move")
+
+
+@register("pad")
+def _pad(ctx: RuleContext) -> FactorRule:
+    """A dim with any padding is blocked: what is cut off may equal what is added."""
+    factors = Factors()
+    inner: list[Dim] = []
+    outer: list[Dim] = []
+    for m, n, padding in zip(
+        ctx.operands[0], ctx.results[0], ctx.params["padding_config"], strict=True
+    ):
+        if any(padding):
+            inner.append(factors.new(m, "blocked"))
+            outer.append(factors.new(n, "blocked"))
+        else:
+            dim = factors.new(m)
+            inner.append(dim)
+            outer.append(dim)
+    return factors.rule([tuple(inner), ()], [tuple(outer)], "move")
 
 
 @register("concatenate", "split", "stack", "unstack")

@@ -12,6 +12,7 @@ from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.files import load_strategy
 from autoshard.plan.schema import Schedule, Strategy
+from autoshard.search.space import meshes
 
 _MAX_GROWTH = 4096
 
@@ -21,18 +22,41 @@ def _gib(bytes_: float) -> str:
 
 
 def explain_indivisible(space: Any, groups: list[Any], cluster: Cluster) -> str:
-    """Says which dims keep every candidate from dividing."""
+    """Says which dims keep every mesh from dividing, with the parameters' paths."""
+    strategy = groups[0].strategy
+    rows = meshes(strategy, cluster)
     batch = space.batch()
-    pairs = sorted({pair for g in groups for pair in g.pricer.sharded.divides})
-    listed = "; ".join(f"{size} over {'+'.join(axes)}" for size, axes in pairs[:8])
-    mesh = groups[0].strategy.mesh
-    fixed = ", ".join(f"{a}={n}" for a, n in mesh.items())
+    wants: dict[str, tuple[int, tuple[str, ...]]] = {}
+    for group in groups:
+        sharded = group.pricer.sharded
+        for info, dims in zip(sharded.traced.inputs, sharded.compute, strict=True):
+            for d, axes in enumerate(dims):
+                if not axes:
+                    continue
+                if info.state == "data" and d == 0:
+                    wants[f"the batch of {batch}"] = (batch, axes)
+                elif info.state in ("params", "data"):
+                    name = info.logical[d]
+                    label = f"dim {d} ({name}) of" if name else f"dim {d} of"
+                    wants[f"{label} {info.path}, of size {info.shape[d]},"] = (
+                        info.shape[d], axes,
+                    )
+    blame = []
+    for label, (size, axes) in wants.items():
+        parts = rows[:, [AXES.index(a) for a in axes]].prod(axis=1)
+        fails = int((size % parts != 0).sum())
+        if fails:
+            smallest = int(parts[size % parts != 0].min())
+            blame.append((-fails, f"{label} is not divisible by {smallest} "
+                          f"({' x '.join(axes)})"))
+    blame.sort()
+    said = "; ".join(text for _, text in blame[:3])
+    fixed = ", ".join(f"{a} = {n}" for a, n in strategy.mesh.items())
     return (
-        f"no mesh of the {cluster.num_chips} chips of {cluster.name} divides this "
-        f"program: strategy {groups[0].strategy.name!r} ({fixed}) shards these dims: "
-        f"{listed}. The batch of {batch} must be divisible by the devices it is spread "
-        f"over: choose a batch that is a multiple of {cluster.num_chips}, fewer chips, "
-        "or a strategy with more axes (such as 'auto')."
+        f"nothing divides: no mesh of the {cluster.num_chips} chips of {cluster.name} "
+        f"suits strategy {strategy.name!r} ({fixed}): {said}. Choose a batch that is a "
+        f"multiple of the devices it is spread over, fewer chips, or a strategy with "
+        "more axes (such as 'auto')."
     )
 
 

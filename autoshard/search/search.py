@@ -19,6 +19,7 @@ from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
 from autoshard.propagate import DimClasses, Layout, find_classes, propagate
 from autoshard.search import space
+from autoshard.search.annotations import check_annotations
 from autoshard.search.finish import finish
 from autoshard.search.remedy import explain_indivisible, explain_no_fit
 
@@ -222,6 +223,9 @@ def search_plans(
     log = log or (lambda _: None)
     everything = Space(fn, args, log)
     log(f"tracing and analysing the step for {cluster.name}")
+    plain = everything.sketch("none")
+    assert plain is not None
+    check_annotations(plain.traced, strategy)
     groups = everything.price(strategy, cluster)
     indivisible = sum(g.indivisible for g in groups)
     enumerated = sum(len(g.sizes) for g in groups)
@@ -267,7 +271,7 @@ def search_plans(
             _filled(group, k),
             certificate,
             model_ref,
-            everything.sketch("none"),
+            plain,
         )
         if plan.predicted.memory.total > plan.predicted.memory.capacity:
             continue  # priced exactly, with its microbatches traced, it does not fit

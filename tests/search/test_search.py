@@ -146,7 +146,7 @@ def test_no_plan_of_auto_is_slower_than_a_fixed_strategy():
 def test_batch_that_does_not_divide():
     step = mlp_step()
     batch = jax.ShapeDtypeStruct((6, 32), jnp.float32)
-    with pytest.raises(InfeasibleError, match="batch of 6 must be divisible"):
+    with pytest.raises(InfeasibleError, match="batch of 6 is not divisible by 4 .data."):
         search_plans(step, (batch,), cluster("cpu:4"), load_strategy("dp"))
 
 
