@@ -69,7 +69,7 @@ def clusters(as_json: Json = False) -> None:
             f"{peak} {dtype}",
             bytes_text(t.hbm_bytes.value),
             count_text(t.hbm_bytes_per_s.value, "B/s"),
-            Text(", ".join(links)),
+            Text("\n".join(links)),
         )
     show(table)
 

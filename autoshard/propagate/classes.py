@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
+from autoshard.propagate.roles import names_by_role
 from autoshard.rules import FactorRule, rule_of
 
 LAYERS = "layers"
@@ -84,7 +85,9 @@ def find_classes(traced: Traced) -> DimClasses:
     of_factor = tuple(
         tuple(find(h) if h >= 0 else -1 for h in leads) for leads in heads
     )
-    return DimClasses(rules, of_value, of_factor, _names(traced, program, of_value))
+    named = _names(traced, program, of_value)
+    named.update(names_by_role(traced, rules, of_value, of_factor, named))
+    return DimClasses(rules, of_value, of_factor, named)
 
 
 def _names(

@@ -22,10 +22,11 @@ def pointwise(ctx: RuleContext, flops: float) -> FactorRule:
     "atanh", "cbrt", "ceil", "clamp", "complex", "conj", "cos", "cosh", "digamma",
     "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt",
     "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "log2",
-    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "one_minus_square",
-    "or", "population_count", "pow", "real", "rem", "round", "rsqrt", "select_n",
-    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
-    "sinh", "sqrt", "square", "sub", "tan", "tanh", "threefry2x32", "xor",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
+    "one_minus_square", "or", "population_count", "pow", "real", "rem", "round",
+    "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
+    "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "threefry2x32",
+    "xor",
 )  # fmt: skip
 def _arithmetic(ctx: RuleContext) -> FactorRule:
     return pointwise(ctx, 1.0)
