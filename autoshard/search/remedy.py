@@ -149,14 +149,24 @@ def _smallest_change(space: Any, cluster: Cluster, strategy: Strategy) -> str | 
     auto = load_strategy("auto")
     if strategy.name != "auto" and _fits(space, auto, cluster):
         return "--strategy auto on the same chips"
-    factor = 2
-    while factor <= _MAX_GROWTH:
-        larger = _grown(cluster, factor)
-        if larger is not None:
-            for candidate in dict.fromkeys((strategy.name, "auto")):
-                chosen = strategy if candidate == strategy.name else auto
-                if _fits(space, chosen, larger):
-                    how = "" if chosen is strategy else " with --strategy auto"
-                    return f"{larger.num_chips} chips ({larger.name}){how}"
-        factor *= 2
+    return _more_chips(space, cluster, strategy, auto)
+
+
+def _more_chips(
+    space: Any, cluster: Cluster, strategy: Strategy, auto: Strategy
+) -> str | None:
+    """The fewest chips that fit: with this batch, else with a batch grown alike."""
+    for grow_batch in (False, True):
+        factor = 2
+        while factor <= _MAX_GROWTH:
+            larger = _grown(cluster, factor)
+            there = space.with_batch_times(factor) if grow_batch else space
+            for chosen in (strategy, auto)[: 1 if strategy.name == "auto" else 2]:
+                if larger is None or not _fits(there, chosen, larger):
+                    continue
+                how = "" if chosen is strategy else " with --strategy auto"
+                if grow_batch:
+                    how += f" and a batch of {there.batch()}"
+                return f"{larger.num_chips} chips ({larger.name}){how}"
+            factor *= 2
     return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from autoshard.cost import Pricer
@@ -13,7 +14,7 @@ from autoshard.cost.price import MEMORY_HEADROOM, axes_of
 from autoshard.cost.work import Work, analyse
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
-from autoshard.ir.trace import Traced, trace
+from autoshard.ir.trace import Traced, abstract, trace
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
@@ -103,6 +104,17 @@ class Space:
                 f"{sorted(sizes)}; give every leaf of the batch the same leading dim."
             )
         return next(iter(sizes), 0)
+
+    def with_batch_times(self, factor: int) -> Space:
+        """The same program on a batch `factor` times as large."""
+        *state, batch = self.args
+        larger = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0] * factor, *x.shape[1:]), x.dtype)
+            if x.shape
+            else x,
+            abstract(batch),
+        )
+        return Space(self.fn, (*state, larger), self.log)
 
     def price(self, strategy: Strategy, cluster: Cluster) -> list[Candidates]:
         """Prices every candidate of every structure."""

@@ -219,3 +219,12 @@ def test_remat_is_left_out_when_no_block_repeats():
     assert plan.remat == "none"
     assert any("no block repeats" in line for line in said)
     assert np.isfinite(plan.predicted.step_s)
+
+
+def test_a_larger_batch_is_named_when_chips_alone_do_not_help():
+    step = mlp_step()
+    batch = jax.ShapeDtypeStruct((2, 32), jnp.float32)
+    chips = small_memory(cluster("cpu:1"), 60_000)
+    strategy = load_strategy("fsdp")
+    with pytest.raises(InfeasibleError, match=r"16 chips \(cpu:16\) and a batch of 32"):
+        search_plans(step, (batch,), chips, strategy)
