@@ -10,28 +10,19 @@ import typer
 from rich.console import Console, RenderableType
 
 from autoshard.ir.errors import AutoshardError
-from autoshard.report.table import TEXT_WIDTH
+from autoshard.report.table import to_text
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
 ]
 
 
-def _console(*, stderr: bool) -> Console:
-    # Made when it is used: a test, or a caller, may have replaced the streams.
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(
-        file=stream,
-        width=None if stream.isatty() else TEXT_WIDTH,
-        markup=False,
-        highlight=False,
-        emoji=False,
-    )
-
-
 def show(result: RenderableType) -> None:
-    """Prints a result for people."""
-    _console(stderr=False).print(result)
+    """Prints a result for people: in colour on a terminal, else as plain text."""
+    if sys.stdout.isatty():
+        Console(markup=False, highlight=False, emoji=False).print(result)
+    else:
+        typer.echo(to_text(result))
 
 
 def show_json(result: Any) -> None:
@@ -41,7 +32,7 @@ def show_json(result: Any) -> None:
 
 def say(message: str) -> None:
     """Prints a line of progress on stderr."""
-    _console(stderr=True).print(message, style="dim", soft_wrap=True)
+    typer.echo(message, err=True)
 
 
 def fail(error: AutoshardError) -> NoReturn:

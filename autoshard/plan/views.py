@@ -44,5 +44,5 @@ def headline(plan: Plan) -> str:
     """One line that says what a plan is for: program, cluster and mesh."""
     ref = plan.program.model
     what = ref.model if ref else f"program {plan.program.fingerprint}"
-    mesh = " ".join(f"{a.axis}={a.size}" for a in plan.axes) or "one device"
-    return f"Plan of {what} on {plan.cluster.name}: {mesh}"
+    mesh = " ".join(f"{a.axis}={a.size}" for a in plan.axes if a.size > 1)
+    return f"Plan of {what} on {plan.cluster.name}: {mesh or 'one device'}"

@@ -15,6 +15,7 @@ from autoshard.report.table import (
     mesh_text,
     new_table,
     some_text,
+    source_text,
     spec_text,
 )
 from autoshard.report.units import bytes_text, percent_text, seconds_text
@@ -235,7 +236,9 @@ def _collectives_table(document: Document) -> RenderableType:
             "+".join(row["axes"]),
             *(str(x["runs"] or "-") for x in (a, b)),
             *cells,
-            Text.assemble(some_text(row["values"], 2), "\n", (row["source"], "dim")),
+            Text.assemble(
+                some_text(row["values"], 2), "\n", (source_text(row["source"]), "dim")
+            ),
         )
     return table
 

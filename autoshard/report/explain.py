@@ -7,11 +7,12 @@ which entry of the policy put an axis where it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from autoshard.ir.errors import InputError, PlanMismatchError
 from autoshard.ir.mesh import Spec
-from autoshard.plan.schema import Estimate, Plan, TensorPlan
+from autoshard.plan.schema import STATES, Estimate, Plan, TensorPlan
 from autoshard.plan.views import headline
 
 Document = dict[str, Any]
@@ -30,7 +31,8 @@ def explain(plan: Plan) -> Document:
         A dict with the keys `headline`, `program`, `cluster`, `mesh`, `strategy`,
         `rules`, `storage`, `schedule`, `predicted`, `certificate`, `tensors`,
         `collectives` (grouped by kind, axes and source line, the slowest first) and
-        `notes`. Times are in seconds, memory in bytes.
+        `notes`. Times are in seconds, memory in bytes. Axes of one device shard
+        nothing, and are left out everywhere but in `mesh`.
 
     Raises:
         PlanMismatchError: A dim does not divide over the axes that shard it.
@@ -47,8 +49,10 @@ def explain(plan: Plan) -> Document:
             "about": filled.about,
             "cite": list(filled.cite),
         },
-        "rules": [{"logical": r.logical, "axes": list(r.axes)} for r in filled.rules],
-        "storage": filled.storage.model_dump(mode="json"),
+        "rules": [
+            {"logical": r.logical, "axes": active(plan, r.axes)} for r in filled.rules
+        ],
+        "storage": {s: active(plan, getattr(filled.storage, s)) for s in STATES},
         "schedule": filled.schedule.model_dump(mode="json"),
         "predicted": _predicted(plan.predicted),
         "certificate": plan.certificate.model_dump(mode="json"),
@@ -112,8 +116,8 @@ def tensor_row(plan: Plan, tensor: TensorPlan) -> Document:
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
         "logical": list(tensor.logical),
-        "storage": [list(dim) for dim in tensor.storage.dims],
-        "compute": [list(dim) for dim in tensor.compute.dims],
+        "storage": [active(plan, dim) for dim in tensor.storage.dims],
+        "compute": [active(plan, dim) for dim in tensor.compute.dims],
         "local_shape": local,
         "bytes_": math.prod(tensor.shape) * width,
         "bytes_per_device": math.prod(local) * width,
@@ -144,6 +148,11 @@ def local_shape(plan: Plan, tensor: TensorPlan, spec: Spec) -> list[int]:
             )
         local.append(size // ways)
     return local
+
+
+def active(plan: Plan, axes: Iterable[str]) -> list[str]:
+    """These axes without those of one device."""
+    return [axis for axis in axes if plan.sizes[axis] > 1]
 
 
 def ways_of(plan: Plan, axes: tuple[str, ...]) -> int:

@@ -164,20 +164,44 @@ def _bar_row(table: Table, part: str, amount: str, fraction: float | None) -> No
 
 
 def tensors(document: Document) -> RenderableType:
-    """Every state and data tensor: shape, specs, and bytes on one device."""
-    table = new_table("tensor", "shape", "dtype", "storage", "compute")
+    """Every state and data tensor: shape, specs, and bytes on one device.
+
+    Tensors of one folder, and the moments that an optimizer keeps of the parameters,
+    stand below their common prefix.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column("tensor", overflow="fold", no_wrap=True)
+    for name in ("shape", "storage", "compute"):
+        table.add_column(name, overflow="fold")
     table.add_column("per device", justify="right", no_wrap=True)
-    for row in document["tensors"]:
+    rows = document["tensors"]
+    names = [row["path"] for row in rows if row["state"] == "params"]
+    names = [name.removeprefix("params/") for name in names]
+    above = ""
+    for row in rows:
+        ends = [name for name in names if f"/{row['path']}".endswith(f"/{name}")]
+        name = max(ends, key=len, default=row["path"].rpartition("/")[2])
+        prefix = row["path"].removesuffix(name)
+        if prefix != above:
+            table.add_row(Text(prefix, "bold"))
+        above = prefix
         same = row["compute"] == row["storage"]
         table.add_row(
-            Text(row["path"]),
-            Text(shape_text(row["shape"])),
-            Text(row["dtype"]),
+            Text("  " * bool(prefix) + name),
+            Text(f"{_short(row['dtype'])} {shape_text(row['shape'])}"),
             Text(spec_text(row["storage"])),
             Text("as stored" if same else spec_text(row["compute"]), "dim" * same),
             bytes_text(row["bytes_per_device"]),
         )
-    return Group(heading(f"Tensors ({len(document['tensors'])})"), table)
+    return Group(heading(f"Tensors ({len(rows)})"), table)
+
+
+def _short(dtype: str) -> str:
+    """`f32` for `float32`, as JAX abbreviates."""
+    for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
+        if dtype.startswith(long):
+            return dtype.replace(long, short, 1)
+    return dtype
 
 
 def collectives(document: Document) -> RenderableType:
@@ -197,7 +221,7 @@ def collectives(document: Document) -> RenderableType:
             bytes_text(row["bytes_"]),
             seconds_text(row["time_s"]),
             Text.assemble(
-                some_text(row["values"]), "\n", (row["source"] or "no source", "dim")
+                some_text(row["values"]), "\n", (source_text(row["source"]), "dim")
             ),
         )
     return Group(heading("Collectives of a step, the slowest first"), table)
@@ -253,7 +277,7 @@ def tensor_view(document: Document) -> RenderableType:
             str(c["count"]),
             bytes_text(c["bytes_"]),
             seconds_text(c["time_s"]),
-            Text(f"{c['source'] or 'no source'}\n{c['address']}"),
+            Text(f"{source_text(c['source'])}\n{c['address']}"),
         )
     return Group(*parts, moves)
 
@@ -272,7 +296,7 @@ def ranking(plans: list[Plan]) -> RenderableType:
         }
         table.add_row(
             str(rank),
-            mesh_text([a.model_dump() for a in plan.axes if a.size > 1]),
+            mesh_text([a.model_dump() for a in plan.axes]),
             Text(" ".join(sorted(states, reverse=True)) or "-"),
             f"{plan.microbatches} mb, remat {plan.remat}",
             seconds_text(p.step_s),
@@ -287,8 +311,9 @@ def ranking(plans: list[Plan]) -> RenderableType:
 
 
 def mesh_text(mesh: list[dict[str, Any]]) -> str:
-    """`data=8 tensor=4`."""
-    return " ".join(f"{a['axis']}={a['size']}" for a in mesh) or "one device"
+    """`data=8 tensor=4`, without axes of one device."""
+    big = [f"{a['axis']}={a['size']}" for a in mesh if a["size"] > 1]
+    return " ".join(big) or "one device"
 
 
 def rules_text(rules: list[dict[str, Any]]) -> str:
@@ -308,6 +333,16 @@ def spec_text(dims: list[list[str]]) -> str:
 def shape_text(shape: list[int]) -> str:
     """`4096 x 14336`."""
     return " x ".join(map(str, shape)) or "scalar"
+
+
+def source_text(source: str) -> str:
+    """A source line with the last two parts of its path, which is enough to find it.
+
+    >>> source_text("/home/me/project/model/layers.py:9:4 (mlp)")
+    'model/layers.py:9:4 (mlp)'
+    """
+    path, _, rest = source.partition(":")
+    return "/".join(path.split("/")[-2:]) + (f":{rest}" if rest else "")
 
 
 def some_text(values: list[str], most: int = 3) -> str:

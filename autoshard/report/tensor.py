@@ -9,14 +9,12 @@ from autoshard.ir.errors import NameUnknownError
 from autoshard.plan.schema import Plan, TensorPlan
 from autoshard.report.explain import (
     Document,
+    active,
     element_bytes,
     local_shape,
     tensor_row,
     ways_of,
 )
-
-RESIDUAL = ".residual"
-"""Suffix of rules that hold only between blocks, so never for a state tensor."""
 
 
 def explain_tensor(plan: Plan, path: str) -> Document:
@@ -93,7 +91,8 @@ def _parameter_of(plan: Plan, tensor: TensorPlan) -> str | None:
 
 def _dim(plan: Plan, tensor: TensorPlan, dim: int) -> Document:
     logical = tensor.logical[dim] if dim < len(tensor.logical) else None
-    compute, storage = tensor.compute.dims[dim], tensor.storage.dims[dim]
+    compute = active(plan, tensor.compute.dims[dim])
+    storage = active(plan, tensor.storage.dims[dim])
     why = []
     for axis in dict.fromkeys([*compute, *storage]):
         n = plan.sizes[axis]
@@ -108,8 +107,8 @@ def _dim(plan: Plan, tensor: TensorPlan, dim: int) -> Document:
         "dim": dim,
         "size": tensor.shape[dim],
         "logical": logical,
-        "storage": list(storage),
-        "compute": list(compute),
+        "storage": storage,
+        "compute": compute,
         "why": why,
     }
 

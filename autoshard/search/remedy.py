@@ -18,7 +18,10 @@ _MAX_GROWTH = 4096
 
 
 def _gib(bytes_: float) -> str:
-    return f"{bytes_ / 2**30:.1f} GiB"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if bytes_ >= size:
+            return f"{bytes_ / size:.1f} {unit}"
+    return f"{bytes_ / 1024:.1f} KiB"
 
 
 def explain_indivisible(space: Any, groups: list[Any], cluster: Cluster) -> str:

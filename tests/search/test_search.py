@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -222,9 +223,14 @@ def test_remat_is_left_out_when_no_block_repeats():
 
 
 def test_a_larger_batch_is_named_when_chips_alone_do_not_help():
-    step = mlp_step()
+    # An odd hidden width leaves only the batch and the storage to shard.
+    step = mlp_step(hidden=63)
     batch = jax.ShapeDtypeStruct((2, 32), jnp.float32)
     chips = small_memory(cluster("cpu:1"), 60_000)
-    strategy = load_strategy("fsdp")
-    with pytest.raises(InfeasibleError, match=r"16 chips \(cpu:16\) and a batch of 32"):
-        search_plans(step, (batch,), chips, strategy)
+    with pytest.raises(InfeasibleError) as caught:
+        search_plans(step, (batch,), chips, load_strategy("auto"))
+    found = re.search(r"(\d+) chips \(cpu:\1\) and a batch of (\d+)", str(caught.value))
+    assert found is not None, caught.value
+    grown = jax.ShapeDtypeStruct((int(found[2]), 32), jnp.float32)
+    there = small_memory(cluster(f"cpu:{found[1]}"), 60_000)
+    assert search_plans(step, (grown,), there, load_strategy("auto"))
