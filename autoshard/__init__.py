@@ -1,15 +1,15 @@
 """autoshard plans how a JAX program is spread over a cluster, and runs the plan.
 
-    import autoshard as ash
+import autoshard as ash
 
-    step = ash.train_step(loss_fn, optimizer, model=build)
-    plan = ash.search(step, batch, cluster="h100:64")
-    parallel = ash.parallelize(step, plan)
+step = ash.train_step(loss_fn, optimizer, model=build)
+plan = ash.search(step, batch, cluster="h100:64")
+parallel = ash.parallelize(step, plan)
 """
 
 from __future__ import annotations
 
-from autoshard import report as _report  # registers how a plan is printed
+import autoshard.report  # noqa: F401 - registers how a plan is printed
 from autoshard.api import (
     cluster,
     load_plan,
@@ -23,12 +23,12 @@ from autoshard.api import (
 from autoshard.ir.annotate import annotate
 from autoshard.ir.errors import AutoshardError
 from autoshard.ir.train_step import TrainState, TrainStep
+from autoshard.ir.version import VERSION as __version__
 from autoshard.lower import ParallelStep
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import ModelRef, Plan, Strategy
 from autoshard.report.plots import plot_losses, plot_memory
 from autoshard.train import ByteCorpus, Trainer
-from autoshard.ir.version import VERSION as __version__
 
 __all__ = [
     "AutoshardError",

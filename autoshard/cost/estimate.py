@@ -14,8 +14,7 @@ from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import Collective, Estimate, MemoryTable
-from autoshard.propagate.classes import DimClasses
-from autoshard.propagate.sharded import OUTPUT
+from autoshard.plan.sharded import OUTPUT, DimClasses
 
 
 def model_flops(work: Work, classes: DimClasses) -> float:

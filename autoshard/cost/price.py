@@ -16,7 +16,7 @@ from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
-from autoshard.propagate.sharded import OUTPUT, Dims, Reshard, ShardedProgram
+from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
 
 MATMUL_EFFICIENCY = 0.75
 """Share of peak that large matrix products reach on average; the best single shapes

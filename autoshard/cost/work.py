@@ -14,7 +14,7 @@ from math import prod
 from autoshard.ir.program import LINK, Program
 from autoshard.ir.trace import Traced
 from autoshard.ir.train_step import UPDATE_SCOPE
-from autoshard.propagate.classes import DimClasses
+from autoshard.plan.sharded import DimClasses
 
 FUSION_REACH_OPS = 64
 """A use further away than this many ops is not fused with the producer."""

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from autoshard.ir.errors import NameUnknownError
 
-AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+AXES: tuple[str, ...] = ("stage", "data", "fsdp", "expert", "context", "tensor")
 """Canonical mesh axes, the one on the slowest network first."""
 
 

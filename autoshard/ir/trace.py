@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from autoshard.ir.errors import InputError
@@ -158,7 +159,7 @@ def _inputs(
                     )
             else:
                 name = f"{number}/{name}" if name else str(number)
-                inexact = jax.dtypes.issubdtype(leaf.dtype, np.inexact)
+                inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
                 state = "params" if inexact and leaf.ndim else "other"
                 names = (None,) * leaf.ndim
             yield InputInfo(name, tuple(leaf.shape), str(leaf.dtype), state, names)

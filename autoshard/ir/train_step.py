@@ -94,7 +94,8 @@ class TrainStep:
     def _abstract(self) -> tuple[Any, Any, Any]:
         with nnx.use_eager_sharding(False):
             module = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))
-        return nnx.split(module, nnx.Param, ...)
+        graph, params, rest = nnx.split(module, nnx.Param, ...)
+        return graph, params, rest
 
     @cached_property
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:

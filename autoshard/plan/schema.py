@@ -393,7 +393,7 @@ class Plan(_Model):
     @property
     def sizes(self) -> dict[str, int]:
         """Size of every canonical mesh axis, 1 where the plan does not name it."""
-        sizes = dict.fromkeys(AXES, 1)
+        sizes: dict[str, int] = dict.fromkeys(AXES, 1)
         sizes.update({a.axis: a.size for a in self.axes})
         return sizes
 

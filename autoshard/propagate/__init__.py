@@ -1,16 +1,8 @@
-"""From a program and a layout to a spec for every value and the collectives between."""
+"""From a program and a layout to a spec for every value and the moves between."""
 
 from __future__ import annotations
 
-from autoshard.propagate.classes import DimClasses, find_classes
-from autoshard.propagate.layout import Layout
-from autoshard.propagate.sharded import Reshard, ShardedProgram, propagate
+from autoshard.propagate.assign import propagate
+from autoshard.propagate.classes import find_classes
 
-__all__ = [
-    "DimClasses",
-    "Layout",
-    "Reshard",
-    "ShardedProgram",
-    "find_classes",
-    "propagate",
-]
+__all__ = ["find_classes", "propagate"]

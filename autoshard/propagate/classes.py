@@ -7,32 +7,11 @@ The result does not depend on the order in which ops are visited.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
+from autoshard.plan.sharded import LAYERS, DimClasses
 from autoshard.propagate.roles import names_by_role
-from autoshard.rules import FactorRule, rule_of
-
-LAYERS = "layers"
-"""Name of the dims a loop runs over, unless the user named them."""
-
-
-@dataclass(frozen=True, slots=True)
-class DimClasses:
-    """The classes of a program.
-
-    Attributes:
-        rules: Factor rule per op, kept because every later pass needs it.
-        of_value: Class per dim per value.
-        of_factor: Class per factor per op, -1 for a factor that leads no dim.
-        names: Logical names per class, in order of first appearance.
-    """
-
-    rules: tuple[FactorRule, ...]
-    of_value: tuple[tuple[int, ...], ...]
-    of_factor: tuple[tuple[int, ...], ...]
-    names: dict[int, tuple[str, ...]]
+from autoshard.rules import rule_of
 
 
 def find_classes(traced: Traced) -> DimClasses:

@@ -95,13 +95,11 @@ def _dim(plan: Plan, tensor: TensorPlan, dim: int) -> Document:
     storage = active(plan, tensor.storage.dims[dim])
     why = []
     for axis in dict.fromkeys([*compute, *storage]):
-        n = plan.sizes[axis]
-        if axis in compute:
-            text = f"{axis} ({n} ways): {_compute_reason(plan, logical, axis)}"
-            if axis not in storage:
-                text += "; in compute only, memory holds it whole and use slices it"
-        else:
-            text = f"{axis} ({n} ways): {_storage_reason(plan, tensor, axis)}"
+        text = f"{axis} ({plan.sizes[axis]} ways): {_reason(plan, tensor, dim, axis)}"
+        if axis not in storage:
+            text += "; in compute only: memory holds it whole, its use slices it"
+        elif axis not in compute and tensor.state == "params":
+            text += "; in memory only: gathered where it is used"
         why.append(text)
     return {
         "dim": dim,
@@ -113,23 +111,19 @@ def _dim(plan: Plan, tensor: TensorPlan, dim: int) -> Document:
     }
 
 
-def _compute_reason(plan: Plan, logical: str | None, axis: str) -> str:
-    for rule in plan.strategy.rules:
-        if rule.logical == logical and axis in rule.axes:
-            return f"rule {rule.logical} = [{', '.join(rule.axes)}]"
+def _reason(plan: Plan, tensor: TensorPlan, dim: int, axis: str) -> str:
+    """The entry of the policy that put an axis on a dim."""
+    logical = tensor.logical[dim] if dim < len(tensor.logical) else None
+    if axis in tensor.compute.dims[dim]:
+        for rule in plan.strategy.rules:
+            if rule.logical == logical and axis in rule.axes:
+                return f"rule {rule.logical} = [{', '.join(rule.axes)}]"
+    given = getattr(plan.strategy.storage, tensor.state, ())
+    if axis in given:
+        return f"storage {tensor.state} = [{', '.join(given)}]"
     if logical is None:
         return "propagated from another tensor; this dim has no logical axis"
     return f"propagated from another tensor; no rule of {logical} has this axis"
-
-
-def _storage_reason(plan: Plan, tensor: TensorPlan, axis: str) -> str:
-    given = getattr(plan.strategy.storage, tensor.state, None)
-    if given is not None and axis in given:
-        return (
-            f"storage {tensor.state} = [{', '.join(given)}]; in memory only, "
-            "gathered or reduced where it is used"
-        )
-    return "in memory only; no entry of [storage] for this kind of state has this axis"
 
 
 def _unused(plan: Plan, tensor: TensorPlan) -> list[Document]:
@@ -144,7 +138,7 @@ def _unused(plan: Plan, tensor: TensorPlan) -> list[Document]:
                     reason = _refused(plan, tensor, dim, axis)
                     offered = f"rule {rule.logical} = [{', '.join(rule.axes)}]"
                     rows.append({"axis": axis, "offered_by": offered, "reason": reason})
-    given = getattr(plan.strategy.storage, tensor.state, None) or ()
+    given = getattr(plan.strategy.storage, tensor.state, ())
     for axis in given:
         if plan.sizes[axis] > 1 and axis not in tensor.storage.axes:
             offered = f"storage {tensor.state} = [{', '.join(given)}]"

@@ -10,7 +10,7 @@ from autoshard.ir.errors import InputError, NameUnknownError
 from autoshard.ir.mesh import AXES
 from autoshard.ir.trace import Traced
 from autoshard.plan.schema import Strategy
-from autoshard.propagate.layout import RESIDUAL
+from autoshard.plan.sharded import RESIDUAL
 
 KNOWN = frozenset(
     {
@@ -49,8 +49,9 @@ def check_annotations(traced: Traced, strategy: Strategy) -> None:
             if name is None:
                 continue
             if name not in known:
-                raise NameUnknownError(_unknown(where, shape, names, name, known,
-                                                strategy))
+                raise NameUnknownError(
+                    _unknown(where, shape, names, name, known, strategy)
+                )
             axes = rules.get(name, ())
             for axis in () if axes == "auto" else axes:
                 if axis in taken and strategy.mesh.get(axis) != 1:
@@ -65,7 +66,11 @@ def check_annotations(traced: Traced, strategy: Strategy) -> None:
 
 
 def _unknown(
-    where: str, shape: Any, names: Any, name: str, known: frozenset[str],
+    where: str,
+    shape: Any,
+    names: Any,
+    name: str,
+    known: frozenset[str],
     strategy: Strategy,
 ) -> str:
     if name in AXES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from autoshard.cost import Pricer, estimate, model_flops
 from autoshard.cost.work import analyse
 from autoshard.ir.mesh import AXES, Spec
-from autoshard.ir.trace import trace
+from autoshard.ir.trace import Traced, trace
 from autoshard.ir.train_step import TrainStep
 from autoshard.ir.version import VERSION
 from autoshard.plan.cluster import Cluster
@@ -25,8 +26,8 @@ from autoshard.plan.schema import (
     Strategy,
     TensorPlan,
 )
-from autoshard.propagate import Layout, ShardedProgram, find_classes, propagate
-from autoshard.propagate.sharded import OUTPUT, Dims
+from autoshard.plan.sharded import OUTPUT, Dims, Layout, ShardedProgram
+from autoshard.propagate import find_classes, propagate
 
 
 def finish(
@@ -57,7 +58,7 @@ def finish(
         fn = fn.with_schedule(
             microbatches=strategy.schedule.microbatches, remat=strategy.schedule.remat
         )
-    traced = trace(fn, args)
+    traced = _named_like(trace(fn, args), plain)
     classes = find_classes(traced)
     sizes = {a: n for a, n in strategy.mesh.items() if n != "auto"}
     sharded = propagate(traced, classes, Layout.of(strategy, sizes))
@@ -98,23 +99,39 @@ def finish(
     )
 
 
+def _named_like(traced: Traced, plain: Any) -> Traced:
+    """Gives the inputs the names they have in the plain program.
+
+    A role is found by structure, and accumulation changes the structure: the names of
+    the program that was searched hold for the one that runs.
+    """
+    names = {}
+    for value, info in zip(
+        plain.traced.program.inputs, plain.traced.inputs, strict=True
+    ):
+        names[info.path] = tuple(
+            given or next(iter(plain.classes.names.get(cls, ())), None)
+            for given, cls in zip(
+                info.logical, plain.classes.of_value[value], strict=True
+            )
+        )
+    inputs = tuple(replace(i, logical=names[i.path]) for i in traced.inputs)
+    return replace(traced, inputs=inputs)
+
+
 def _tensors(sharded: ShardedProgram) -> list[TensorPlan]:
-    traced, classes = sharded.traced, sharded.classes
+    traced = sharded.traced
     found = []
     for value, info, compute in zip(
         traced.program.inputs, traced.inputs, sharded.compute, strict=True
     ):
-        logical = tuple(
-            given or next(iter(classes.names.get(cls, ())), None)
-            for given, cls in zip(info.logical, classes.of_value[value], strict=True)
-        )
         found.append(
             TensorPlan(
                 path=info.path,
                 shape=info.shape,
                 dtype=info.dtype,
                 state=info.state,
-                logical=logical,
+                logical=info.logical,
                 storage=Spec(sharded.specs[value]),
                 compute=Spec(compute),
             )

@@ -42,7 +42,8 @@ def explain_indivisible(space: Any, groups: list[Any], cluster: Cluster) -> str:
                     name = info.logical[d]
                     label = f"dim {d} ({name}) of" if name else f"dim {d} of"
                     wants[f"{label} {info.path}, of size {info.shape[d]},"] = (
-                        info.shape[d], axes,
+                        info.shape[d],
+                        axes,
                     )
     blame = []
     for label, (size, axes) in wants.items():
@@ -50,8 +51,9 @@ def explain_indivisible(space: Any, groups: list[Any], cluster: Cluster) -> str:
         fails = int((size % parts != 0).sum())
         if fails:
             smallest = int(parts[size % parts != 0].min())
-            blame.append((-fails, f"{label} is not divisible by {smallest} "
-                          f"({' x '.join(axes)})"))
+            blame.append(
+                (-fails, f"{label} is not divisible by {smallest} ({' x '.join(axes)})")
+            )
     blame.sort()
     said = "; ".join(text for _, text in blame[:3])
     fixed = ", ".join(f"{a} = {n}" for a, n in strategy.mesh.items())

@@ -18,7 +18,8 @@ from autoshard.ir.trace import Traced, abstract, trace
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
-from autoshard.propagate import DimClasses, Layout, find_classes, propagate
+from autoshard.plan.sharded import DimClasses, Layout
+from autoshard.propagate import find_classes, propagate
 from autoshard.search import space
 from autoshard.search.annotations import check_annotations
 from autoshard.search.finish import finish
@@ -109,9 +110,11 @@ class Space:
         """The same program on a batch `factor` times as large."""
         *state, batch = self.args
         larger = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((x.shape[0] * factor, *x.shape[1:]), x.dtype)
-            if x.shape
-            else x,
+            lambda x: (
+                jax.ShapeDtypeStruct((x.shape[0] * factor, *x.shape[1:]), x.dtype)
+                if x.shape
+                else x
+            ),
             abstract(batch),
         )
         return Space(self.fn, (*state, larger), self.log)
@@ -298,7 +301,7 @@ def search_plans(
 
 def _identity(group: Candidates, k: int) -> Any:
     """What makes a candidate a different plan: axes of size one do nothing."""
-    sizes = dict(zip(AXES, group.sizes[k].tolist(), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, group.sizes[k].tolist(), strict=True))
 
     def active(axes: Any) -> tuple[str, ...]:
         return tuple(a for a in axes if sizes[a] > 1)
@@ -316,7 +319,7 @@ def _identity(group: Candidates, k: int) -> Any:
 
 
 def _filled(group: Candidates, k: int) -> Strategy:
-    sizes = dict(zip(AXES, group.sizes[k].tolist(), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, group.sizes[k].tolist(), strict=True))
     schedule = group.strategy.schedule.model_copy(
         update={"microbatches": int(group.cuts[k])}
     )

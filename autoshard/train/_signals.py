@@ -1,4 +1,12 @@
-"""Stopping between steps: signals, and agreement of several processes on them."""
+"""Stopping between steps when a signal asks for it.
+
+Several processes must stop at the same step, else one waits for ever in a collective
+that the others never start. JAX's coordination service does that for SIGTERM: its own
+handler takes the signal, and it names a step which no process has passed yet. So with
+several processes no handler is installed here, and the service is asked at each step.
+A collective of our own could not do it: the CPU's collectives of two computations in
+flight may meet each other.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,7 +25,8 @@ class StopRequest:
     """While entered, the first SIGINT or SIGTERM only sets `signum`.
 
     The second one acts as it would have acted without this. Outside the main thread,
-    where Python does not let a program handle signals, nothing is changed.
+    where Python does not let a program handle signals, none is handled. With several
+    processes only SIGTERM is, and its effect is seen by `asked_at`.
 
     Attributes:
         signum: The signal that asked to stop, or None.
@@ -35,7 +42,8 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and jax.process_count() == 1:
             for signum in STOPPING:
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
@@ -47,6 +55,17 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         self._give_back()
+
+    def asked_at(self, step: int) -> bool:
+        """Whether to stop instead of starting a step; alike on all processes.
+
+        Args:
+            step: Number of the step about to start; asked once for each, in order.
+        """
+        if jax.process_count() > 1 and self.signum is None:
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.signum = signal.SIGTERM
+        return self.signum is not None
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
@@ -61,39 +80,3 @@ class StopRequest:
             # None stands for a handler that was not installed from Python.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
-
-
-class Agreement:
-    """Lets all processes learn, at the same step, that one of them was asked to stop.
-
-    If each stopped when its own signal came, one would wait for ever in a collective
-    that the others never start. So every step carries the largest signal number of all
-    processes, computed on the devices beside the step and read when its loss is read.
-
-    Args:
-        mesh: The mesh of the step; its first device per process is used.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        first: dict[int, Any] = {}
-        for device in mesh.devices.flat:
-            first.setdefault(device.process_index, device)
-        devices = np.array([first[process] for process in sorted(first)])
-        line = Mesh(devices, ("process",), axis_types=(AxisType.Auto,))
-        self._sharding = NamedSharding(line, PartitionSpec("process"))
-        self._count = len(devices)
-        whole = NamedSharding(line, PartitionSpec())
-        self._largest = jax.jit(jnp.max, out_shardings=whole)
-
-    def start(self, signum: int | None) -> Any:
-        """Sends this process's signal; all processes call it at each step.
-
-        Returns:
-            An int32 scalar still being computed, 0 when nobody is to stop.
-        """
-        # int32 and 0, not int | None: this one travels through the devices.
-        own = np.asarray([signum or 0], np.int32)
-        sent = jax.make_array_from_callback(
-            (self._count,), self._sharding, lambda _: own
-        )
-        return self._largest(sent)

@@ -162,7 +162,7 @@ class Checkpoints:
                 ),
                 force=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise self._unwritten(error) from error
 
     def restore(self, abstract_state: Any) -> Restored | None:
@@ -207,7 +207,7 @@ class Checkpoints:
         """Returns when every save is complete on disk; raises as `save`."""
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise self._unwritten(error) from error
 
     def close(self) -> None:
@@ -227,8 +227,12 @@ class Checkpoints:
                 step,
                 args=self._args.Composite(state=self._args.StandardRestore(targets)),
             )["state"]
-        except (OSError, ValueError, KeyError) as error:
-            text = str(error).strip() or type(error).__name__
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # the fault of this machine, not of the data
+        except Exception as error:
+            # Orbax has no class of its own for unreadable data, and for some of it
+            # raises `Exception` itself, from the error that tells.
+            text = str(error.__cause__ or error).strip() or type(error).__name__
             return None, text.splitlines()[0][:300]
         structure = jax.tree.structure(abstract_state)
         state = jax.tree.unflatten(structure, [state[path] for path in targets])

@@ -15,7 +15,7 @@ import jax
 
 from autoshard.ir.errors import AutoshardError, InputError
 from autoshard.train._output import MetricsFile, Reporter
-from autoshard.train._signals import Agreement, StopRequest
+from autoshard.train._signals import StopRequest
 from autoshard.train.checkpoint import Checkpoints, Restored
 
 LOG_EVERY = 10
@@ -249,9 +249,6 @@ class _Loop:
         for message in messages:
             self._reporter.message(message)
         self._stop = stack.enter_context(StopRequest())
-        # A single process needs nobody's agreement and stops a step earlier.
-        self._agreement = Agreement(t._step.mesh) if jax.process_count() > 1 else None
-        self._agreed_signum = 0
         self._state = t._step.init(t._seed) if restored is None else restored.state
         self._losses: list[float] = []
         self._durations_s: list[float] = []
@@ -259,15 +256,12 @@ class _Loop:
 
     def run(self) -> TrainResult:
         t = self._t
-        pending: tuple[int, Any, Any] | None = None
+        pending: tuple[int, Any] | None = None
         due = False
-        while self._done < t._steps and not self._signum:
-            flag = None
-            if self._agreement is not None:
-                flag = self._agreement.start(self._stop.signum)
+        while self._done < t._steps and not self._stop.asked_at(self._done):
             batch = t._data.device_batch(self._done, t._step.batch_shardings)
             self._state, metrics = t._step(self._state, batch)
-            before, pending = pending, (self._done, metrics, flag)
+            before, pending = pending, (self._done, metrics)
             self._done += 1
             if before is not None:
                 self._report(*before)
@@ -283,8 +277,8 @@ class _Loop:
             if self._saved != self._done and self._done > self._first:
                 self._save(self._checkpoints)
             self._checkpoints.wait()
-        stopped = self._signum if self._done < t._steps else 0
-        if stopped:
+        stopped = self._stop.signum if self._done < t._steps else None
+        if stopped is not None:
             name = signal.Signals(stopped).name
             kept = (
                 "nothing was saved, as there is no checkpoint directory"
@@ -294,19 +288,11 @@ class _Loop:
             self._reporter.message(
                 f"stopped by {name} after step {self._done}/{t._steps}; {kept}"
             )
-        return self._result(stopped or None)
+        return self._result(stopped)
 
-    @property
-    def _signum(self) -> int:
-        if self._agreement is not None:
-            return self._agreed_signum
-        return self._stop.signum or 0
-
-    def _report(self, index: int, metrics: Any, flag: Any) -> None:
+    def _report(self, index: int, metrics: Any) -> None:
         """Waits for one step and writes down what it gave."""
         loss, self._grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if flag is not None:
-            self._agreed_signum = self._agreed_signum or int(flag)
         if not math.isfinite(loss):
             kept = "No checkpoint was written"
             if self._saved is not None:

@@ -121,8 +121,10 @@ def run_and_compare(
         for (path, got), leaf in zip(got_leaves, jax.tree.leaves(want), strict=True):
             key = path_string(path)
             kind = (
-                "params" if key.startswith("params")
-                else "gradients" if key.startswith("opt_state/1")
+                "params"
+                if key.startswith("params")
+                else "gradients"
+                if key.startswith("opt_state/1")
                 else "optimizer"
             )
             difference = relative(got, leaf)

@@ -43,8 +43,9 @@ def planned(plan):
     """Bytes by kind, counted as the partitioner writes them.
 
     It writes a reduce-scatter as an all-reduce of the whole and a slice; GPU and TPU
-    backends turn the pair into one. Where the partial sums of a lookup (or its transpose) go to several
-    axes it sums over all of them at once, as the plan's `sum0` pin asks.
+    backends turn the pair into one. Where the partial sums of a lookup (or of its
+    transpose) go to several axes, it sums over all of them at once, as the plan's
+    `sum0` pin asks.
     """
     found = Counter()
     lookups = defaultdict(int)

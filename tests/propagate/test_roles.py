@@ -39,7 +39,8 @@ def test_hidden_width_of_a_plain_mlp():
         return ((x + jnp.tanh(x @ params["a"]) @ params["b"]) ** 2).mean()
 
     step = train_step(
-        loss, optax.adam(1e-3),
+        loss,
+        optax.adam(1e-3),
         model=lambda key: {"a": jnp.ones((32, 64)), "b": jnp.ones((64, 32))},
     )
     strategy = pinned("megatron-tp", microbatches=1, remat="none", data=2, tensor=4)

@@ -67,8 +67,11 @@ def brute_force(step, batch, chips, batch_size):
                 ("none", "full"), (0, 1, 2), ((), ("tensor",)), ((), ("tensor",))
             ):
                 rules = {
-                    "batch": ("data", "fsdp"), "heads": ("tensor",),
-                    "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": vocab,
+                    "batch": ("data", "fsdp"),
+                    "heads": ("tensor",),
+                    "kv_heads": ("tensor",),
+                    "mlp": ("tensor",),
+                    "vocab": vocab,
                     "seq.residual": residual,
                 }
                 strategy = auto.model_copy(
@@ -87,8 +90,9 @@ def brute_force(step, batch, chips, batch_size):
                         ),
                     }
                 )
-                plan = finish(step, (batch,), chips, strategy, NO_CERTIFICATE, None,
-                              plain)
+                plan = finish(
+                    step, (batch,), chips, strategy, NO_CERTIFICATE, None, plain
+                )
                 if plan.predicted.memory.total <= plan.predicted.memory.capacity:
                     best.append(plan.predicted.step_s)
     return min(best)
@@ -120,9 +124,7 @@ def test_the_same_input_gives_the_same_plan():
 
 def test_top_plans_differ_and_are_sorted():
     step, chips = make_step("llama3-tiny", scan=True), cluster("cpu:8")
-    plans = search_plans(
-        step, (abstract_batch(),), chips, load_strategy("auto"), top=4
-    )
+    plans = search_plans(step, (abstract_batch(),), chips, load_strategy("auto"), top=4)
     times = [p.certificate.lower_bound_s for p in plans]
     assert len(plans) == 4
     assert all(t <= p.predicted.step_s for t, p in zip(times, plans, strict=True))
@@ -147,7 +149,7 @@ def test_no_plan_of_auto_is_slower_than_a_fixed_strategy():
 def test_batch_that_does_not_divide():
     step = mlp_step()
     batch = jax.ShapeDtypeStruct((6, 32), jnp.float32)
-    with pytest.raises(InfeasibleError, match="batch of 6 is not divisible by 4 .data."):
+    with pytest.raises(InfeasibleError, match=r"batch of 6 .* by 4 \(data\)"):
         search_plans(step, (batch,), cluster("cpu:4"), load_strategy("dp"))
 
 
@@ -177,10 +179,12 @@ def test_more_chips_are_named_when_only_they_help():
 
 def test_fixed_mesh_that_cannot_be_completed():
     strategy = pinned("fsdp", microbatches="auto", remat="auto", data=3)
-    with pytest.raises(InfeasibleError, match="data.*3.*cannot be completed"):
+    with pytest.raises(InfeasibleError, match=r"data.*3.*cannot be completed"):
         search_plans(
-            mlp_step(), (jax.ShapeDtypeStruct((8, 32), jnp.float32),),
-            cluster("cpu:8"), strategy,
+            mlp_step(),
+            (jax.ShapeDtypeStruct((8, 32), jnp.float32),),
+            cluster("cpu:8"),
+            strategy,
         )
 
 
@@ -194,13 +198,9 @@ def test_plain_function_cannot_be_cut_or_rematerialised():
     )
     chips = cluster("cpu:4")
     with pytest.raises(InputError, match=r"train_step\(loss_fn"):
-        search_plans(
-            step, args, chips, pinned("dp", microbatches=2, remat="none")
-        )
+        search_plans(step, args, chips, pinned("dp", microbatches=2, remat="none"))
     with pytest.raises(InputError, match=r"train_step\(loss_fn"):
-        search_plans(
-            step, args, chips, pinned("dp", microbatches=1, remat="full")
-        )
+        search_plans(step, args, chips, pinned("dp", microbatches=1, remat="full"))
     [plan] = search_plans(step, args, chips, load_strategy("dp"))
     assert plan.microbatches == 1
 

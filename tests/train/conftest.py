@@ -108,14 +108,14 @@ def make_step():
 def flip_data():
     """Changes one bit of a checkpoint's arrays."""
 
-    def flip(directory, step):
+    def flip(directory, step, at=0.5):
         files = [f for f in (directory / str(step) / "state").rglob("*") if f.is_file()]
         largest_bytes = max(f.stat().st_size for f in files)
         # There may be two copies of which only one is read.
         for path in files:
             if path.stat().st_size == largest_bytes:
                 content = bytearray(path.read_bytes())
-                content[len(content) // 2] ^= 0x10
+                content[int(len(content) * at)] ^= 0x10
                 path.write_bytes(content)
 
     return flip

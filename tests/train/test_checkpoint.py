@@ -104,6 +104,8 @@ def test_flipped_bytes_are_found_and_the_step_before_is_taken(tmp_path, flip_dat
     assert restored.step == 10
     assert_same(restored.state, state_of(10))
     assert len(lines) == 2
+    # Found by our checksum: Orbax restores such an array without a word.
+    assert "the data of w does not match its checksum" in lines[0]
     assert f"{tmp_path / '30'} is damaged" in lines[0]
     assert "going on from step 10" in lines[0]
     # The run comes to these steps again, and must be able to save them.
@@ -132,6 +134,28 @@ def test_any_other_damage_is_found_too(tmp_path, which):
         record.write_text(record.read_text()[:-9])
     run = open_run(tmp_path, resume=True, log=lambda line: None)
     assert run.restore(abstract(state_of(0))).step == 1
+    run.close()
+
+
+# The reads that Orbax then abandons are collected as coroutines that raised.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_data_that_cannot_be_decoded_is_damage_too(tmp_path, flip_data):
+    save_steps(tmp_path, 1, 2)
+    flip_data(tmp_path, 2, at=0)
+    lines = []
+    run = open_run(tmp_path, resume=True, log=lines.append)
+    assert run.restore(abstract(state_of(0))).step == 1
+    run.close()
+    assert f"{tmp_path / '2'} is damaged" in lines[0]
+
+
+def test_a_save_that_fails_is_an_error(tmp_path):
+    run = open_run(tmp_path / "run")
+    run.save(1, state_of(1))
+    run.wait()
+    with pytest.raises(CheckpointError, match=r"(?s)could not be written .*unharmed"):
+        run.save(1, state_of(1))
+    assert run.steps() == [1]
     run.close()
 
 

@@ -1,4 +1,4 @@
-"""`ShardedProgram`: a spec for every value, the axes of every op, and the reshards.
+"""Assigning axes: a spec for every value, the axes of every op, and the reshards.
 
 Ops are visited once, in order of execution. Each value's spec follows from the classes
 of its dims and the layout's rules, by priority; each op runs with the axes its factors
@@ -17,69 +17,17 @@ from math import gcd
 
 from autoshard.ir.program import LINK, Op
 from autoshard.ir.trace import Traced
-from autoshard.propagate.classes import LAYERS, DimClasses
-from autoshard.propagate.layout import RESIDUAL, Layout
+from autoshard.plan.sharded import (
+    LAYERS,
+    OUTPUT,
+    RESIDUAL,
+    DimClasses,
+    Dims,
+    Layout,
+    Reshard,
+    ShardedProgram,
+)
 from autoshard.rules import FactorRule
-
-Dims = tuple[tuple[str, ...], ...]
-"""Axes per dim of a value."""
-
-OUTPUT = -1
-"""Op index of a reshard at the end of the program."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reshard:
-    """A value whose spec differs from what is needed.
-
-    Attributes:
-        op: The op that needs or makes it, `OUTPUT` at the program's results.
-        slot: `in0`, ... for an operand, `out0`, ... for a result.
-        value: The value.
-        source: Axes per dim before.
-        unreduced: Axes over which `source` holds partial sums.
-        target: Axes per dim after.
-    """
-
-    op: int
-    slot: str
-    value: int
-    source: Dims
-    unreduced: tuple[str, ...]
-    target: Dims
-
-
-@dataclass(frozen=True, slots=True)
-class ShardedProgram:
-    """A program with a layout applied.
-
-    Attributes:
-        traced: The program.
-        classes: Its dim classes and rules.
-        layout: What was applied.
-        specs: Axes per dim per value.
-        factor_axes: Axes per factor per op.
-        reshards: Every place where data moves.
-        free: Values made of constants only, which any device makes for itself.
-        stored: Values that are, or descend point by point from, sharded state.
-        pins: `(op, slot)` whose value is pinned although nothing moves there.
-        divides: `(dim size, axes)` pairs that must divide.
-        compute: Compute spec per program input.
-        notes: Conflicts and leaves that could not be sharded, in words.
-    """
-
-    traced: Traced
-    classes: DimClasses
-    layout: Layout
-    specs: tuple[Dims, ...]
-    factor_axes: tuple[Dims, ...]
-    reshards: tuple[Reshard, ...]
-    free: frozenset[int]
-    stored: frozenset[int]
-    pins: tuple[tuple[int, str], ...]
-    divides: frozenset[tuple[int, tuple[str, ...]]]
-    compute: tuple[Dims, ...]
-    notes: tuple[str, ...]
 
 
 def propagate(traced: Traced, classes: DimClasses, layout: Layout) -> ShardedProgram:
@@ -110,7 +58,7 @@ class _Propagation:
         self.weak: dict[int, tuple[str, ...]] = {}
         self._read_rules()
         named = self.classes.names
-        self.batch_like = {c for c, n in named.items() if "batch" in n}
+        self.activations = self._reached_by_data()
         self.embed_like = {c for c, n in named.items() if "embed" in n}
         self.layer_like = {c for c, n in named.items() if LAYERS in n}
 
@@ -133,6 +81,17 @@ class _Propagation:
             if found:
                 self.strong[cls] = found[:1]
 
+    def _reached_by_data(self) -> frozenset[int]:
+        found = {
+            value
+            for value, info in zip(self.program.inputs, self.traced.inputs, strict=True)
+            if info.state == "data"
+        }
+        for op in self.program.ops:
+            if not found.isdisjoint(op.inputs):
+                found.update(op.outputs)
+        return frozenset(found)
+
     # -- specs of values ---------------------------------------------------------
 
     def strong_dims(self, value: int) -> list[tuple[str, ...]]:
@@ -153,13 +112,13 @@ class _Propagation:
     def value_dims(self, value: int, natural: Dims | None) -> Dims:
         """The spec of a value that is no state.
 
-        The residual rule holds for activations (values with the batch dim) in which
-        nothing else takes its axes: always if they have the embed dim too, else only
-        if the op that makes them makes them so.
+        The residual rule holds for activations (values computed from the data) in
+        which nothing else takes its axes: always if they have the embed dim, else
+        only if the op that makes them makes them so.
         """
         dims = self.strong_dims(value)
         classes = self.classes.of_value[value]
-        if any(c in self.batch_like for c in classes):
+        if value in self.activations:
             residual = any(c in self.embed_like for c in classes)
             for d, cls in enumerate(classes):
                 axes = self.weak.get(cls)
