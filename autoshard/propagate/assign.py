@@ -396,8 +396,8 @@ class _Propagation:
             wanted = targets.get(result) or touched.get(op.index)
             if wanted is None or rule.op_kind not in ("elementwise", "move", "link"):
                 continue
-            if op.primitive == LINK and op.params["kind"] in ("slice", "carry_in"):
-                continue
+            if op.primitive == LINK and op.params["kind"] != "stack":
+                continue  # what a loop carries has one spec, inside and out
             axes = _factors_from(rule, rule.results[0], wanted)
             if _natural(rule, axes)[0] != wanted:
                 continue
