@@ -54,8 +54,10 @@ def clusters(as_json: Json = False) -> None:
     _numbers(table, "a node", "peak", "memory", "bandwidth")
     table.add_column("links, one way per chip", overflow="fold")
     for t in types:
-        dtype = next(d for d in ("bf16", "f16", "f32") if d in t.peak_flops_per_s)
-        peak = count_text(t.peak_flops_per_s[dtype].value, "FLOP/s")
+        # The first of these that the chip has: a V100 has no bf16.
+        peaks = {str(d): figure.value for d, figure in t.peak_flops_per_s.items()}
+        dtype = next(d for d in ("bf16", "f16", "f32") if d in peaks)
+        peak = count_text(peaks[dtype], "FLOP/s")
         links = []
         for link in t.links:
             each = " a link" if link.level == "ici" else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,6 +119,7 @@ def run(
 ) -> None:
     """Train with a plan, or with the best plan for a model."""
     from autoshard import api
+    from autoshard.plan.views import headline
     from autoshard.train import ByteCorpus, Trainer
 
     if resume and checkpoint is None:
@@ -163,13 +163,15 @@ def run(
             model_ref=ref,
             log=say,
         )
-    from autoshard.plan.views import headline
-
+    for note in resolved.notes:
+        say(note)
     say(headline(plan))
     ref = resolved.ref
     corpus = ByteCorpus(data, seq=ref.seq, batch=ref.batch, seed=seed)
+    step = api.parallelize(resolved.step, plan, devices)
+    assert isinstance(step, api.ParallelStep)
     trainer = Trainer(
-        api.parallelize(resolved.step, plan, devices),
+        step,
         corpus,
         steps=steps,
         seed=seed,
@@ -280,13 +282,12 @@ def _finish(result: TrainResult, as_json: bool, checkpoint: str | None) -> None:
         show(_summary_text(summary))
     if result.stopped_by_signal is None:
         return
-    name = signal.Signals(result.stopped_by_signal).name
     if checkpoint is None:
         advice = "nothing was kept; --checkpoint DIR would have saved the state"
     else:
         again = ["autoshard", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"]
         advice = f"go on with: {shlex.join(again)}"
-    say(f"stopped by {name} at step {result.last_step}; {advice}")
+    say(advice)
     raise typer.Exit(128 + result.stopped_by_signal)
 
 

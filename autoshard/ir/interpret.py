@@ -111,8 +111,11 @@ def _scan(
                 inputs[i] = place(f"{address}:in{i}", "out0", inputs[i])
         outputs = _evaluate(params["jaxpr"], inputs, place, addresses, f"{address}/")
         for i, output in enumerate(outputs):
-            kind = "carry" if i < n_carry else "out"
-            outputs[i] = place(f"{address}:{kind}{i}", "in0", output)
+            if i < n_carry:
+                output = place(f"{address}:carry{i}", "in0", output)
+                outputs[i] = place(f"{address}:carry{i}", "out0", output)
+            else:
+                outputs[i] = place(f"{address}:out{i}", "in0", output)
         return outputs
 
     opened, _ = _jaxcompat.open_jaxpr(params["jaxpr"])

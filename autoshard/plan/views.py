@@ -28,7 +28,7 @@ def register(*, text: View, html: View, rich: View) -> None:
         html: Plan to a self-contained piece of HTML, for notebooks.
         rich: Plan to anything that `rich` can print.
     """
-    _views.update(text=text, html=html, rich=rich)
+    _views.update({"text": text, "html": html, "rich": rich})
 
 
 def render(plan: Plan, kind: Kind) -> Any:

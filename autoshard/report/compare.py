@@ -14,11 +14,16 @@ from autoshard.report.table import (
     heading,
     mesh_text,
     new_table,
+    shape_text,
     some_text,
     source_text,
     spec_text,
+    split_paths,
 )
 from autoshard.report.units import bytes_text, percent_text, seconds_text
+
+TENSOR_FIELDS = ("shape", "dtype", "storage", "compute", "bytes_per_device")
+"""What is compared of a tensor, besides its logical axes."""
 
 
 def compare(a: Plan, b: Plan) -> Document:
@@ -31,8 +36,9 @@ def compare(a: Plan, b: Plan) -> Document:
     Returns:
         A JSON-able dict: `same` (whether nothing differs), `same_program` and
         `same_cluster` (by fingerprint), `plans` (the two headlines), `policy` (rows
-        of `field`, `a`, `b`), `tensors` (rows of `path`, `field`, `a`, `b`, where a
-        tensor that one plan lacks has None), `collectives` (rows of `kind`, `axes`,
+        of `field`, `a`, `b`), `tensors` (rows of `path`, `state`, and `a` and `b` with
+        `TENSOR_FIELDS`, None where a plan lacks it), `collectives` (rows of `kind`,
+        `axes`,
         `source`, `values`, and `a` and `b` with `runs`, `bytes_` and `time_s`),
         `time` and `memory` (rows of `part`, `a`, `b`, `difference` as b - a, all
         parts) and `verdict` (one sentence).
@@ -90,19 +96,14 @@ def _tensors(left: Document, right: Document) -> list[Document]:
     rows = []
     for path in dict.fromkeys([*tables[0], *tables[1]]):
         a, b = (table.get(path) for table in tables)
-        if a is None or b is None:
-            pair = [None if t is None else spec_text(t["storage"]) for t in (a, b)]
-            rows.append({"path": path, "field": "only one", "a": pair[0], "b": pair[1]})
+        if a == b:
             continue
-        fields: list[tuple[str, Callable[[Document], str]]] = [
-            ("shape", lambda t: " x ".join(map(str, t["shape"])) or "scalar"),
-            ("dtype", lambda t: t["dtype"]),
-            ("storage", lambda t: spec_text(t["storage"])),
-            ("compute", lambda t: spec_text(t["compute"])),
-        ]
-        for field, text in fields:
-            if a[field] != b[field]:
-                rows.append({"path": path, "field": field, "a": text(a), "b": text(b)})
+        some = a or b
+        assert some is not None
+        sides = [{f: t[f] for f in TENSOR_FIELDS} if t else None for t in (a, b)]
+        rows.append(
+            {"path": path, "state": some["state"], "a": sides[0], "b": sides[1]}
+        )
     return rows
 
 
@@ -201,14 +202,8 @@ def comparison(document: Document) -> RenderableType:
             table.add_row(*(Text(str(row[key])) for key in ("field", "a", "b")))
         parts += [heading("Policy"), table]
     if d["tensors"]:
-        table = new_table("tensor", "", "a", "b")
-        for row in d["tensors"]:
-            keys = ("path", "field", "a", "b")
-            table.add_row(*(Text("absent" if row[k] is None else row[k]) for k in keys))
-        parts += [
-            heading(f"Tensors that differ ({len({t['path'] for t in d['tensors']})})"),
-            table,
-        ]
+        title = f"Tensors that differ ({len(d['tensors'])})"
+        parts += [heading(title), _tensors_table(d["tensors"])]
     if d["collectives"]:
         parts += [heading("Collectives that differ"), _collectives_table(d)]
     parts += [
@@ -221,24 +216,62 @@ def comparison(document: Document) -> RenderableType:
     return Group(*parts)
 
 
+def _tensors_table(rows: list[Document]) -> RenderableType:
+    """A row a tensor; folders that change alike, such as both moments, are one."""
+    folders: dict[str, list[tuple[str, ...]]] = {}
+    for row, (prefix, name) in zip(rows, split_paths(rows), strict=True):
+        cells = (_tensor_text(row, "a"), _tensor_text(row, "b"))
+        folders.setdefault(prefix, []).append((name, *cells))
+    alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for prefix, lines in folders.items():
+        alike.setdefault(tuple(lines), []).append(prefix)
+    table = new_table("tensor", "a", "b")
+    for lines, prefixes in alike.items():
+        if any(prefixes):
+            table.add_row(Text("\n".join(prefixes), "bold"))
+        for name, *cells in lines:
+            table.add_row(Text("  " * any(prefixes) + name), *map(Text, cells))
+    return table
+
+
+def _tensor_text(row: Document, side: str) -> str:
+    """What one plan says of a tensor, as far as the other one says otherwise."""
+    this, other = row[side], row["b" if side == "a" else "a"]
+    if this is None:
+        return "absent"
+    texts = {
+        "shape": shape_text(this["shape"]),
+        "dtype": this["dtype"],
+        "storage": spec_text(this["storage"]),
+        "compute": f"computed as {spec_text(this['compute'])}",
+        "bytes_per_device": bytes_text(this["bytes_per_device"]),
+    }
+    changed = [f for f in TENSOR_FIELDS if other is None or this[f] != other[f]]
+    if this["compute"] == this["storage"] and "storage" in changed:
+        changed = [f for f in changed if f != "compute"]
+    return ", ".join(texts[f] for f in changed) or "other logical axes"
+
+
 def _collectives_table(document: Document) -> RenderableType:
-    table = new_table("collective", "axes")
-    for name in ("runs a", "b", "bytes a", "b", "time a", "b"):
+    table = new_table("collective, what, and the line that needs it")
+    for name in ("a", "b"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("what, and where", overflow="fold")
     for row in document["collectives"]:
-        a, b = row["a"], row["b"]
         cells = []
-        for field, unit in (("bytes_", bytes_text), ("time_s", seconds_text)):
-            cells += [unit(x[field]) if x["runs"] else "-" for x in (a, b)]
+        for side in (row["a"], row["b"]):
+            amounts = [
+                f"{side['runs']} x",
+                bytes_text(side["bytes_"]),
+                seconds_text(side["time_s"]),
+            ]
+            cells.append("\n".join(amounts) if side["runs"] else "-")
         table.add_row(
-            row["kind"],
-            "+".join(row["axes"]),
-            *(str(x["runs"] or "-") for x in (a, b)),
-            *cells,
             Text.assemble(
-                some_text(row["values"], 2), "\n", (source_text(row["source"]), "dim")
+                f"{row['kind']} over {'+'.join(row['axes'])}\n",
+                f"  {some_text(row['values'], 2)}\n",
+                (f"  {source_text(row['source'])}", "dim"),
             ),
+            *cells,
         )
     return table
 

@@ -29,17 +29,17 @@ def plot_memory(plan: Plan, ax: Axes | None = None) -> Axes:
     """
     memory = explain(plan)["predicted"]["memory"]
     rows = memory["parts"]
-    ax = _axes(ax)
+    on = _axes(ax)
     parts = [row["part"] for row in rows] + ["peak"]
     amounts = [row["bytes_"] for row in rows] + [memory["total"]]
-    _bars(ax, parts, [a / 2**30 for a in amounts], [bytes_text(a) for a in amounts])
+    _bars(on, parts, [a / 2**30 for a in amounts], [bytes_text(a) for a in amounts])
     capacity = memory["capacity"]
     label = f"capacity, {bytes_text(capacity)}"
-    ax.axvline(capacity / 2**30, color="black", linestyle="--", label=label)
-    ax.set_xlabel("GiB per device")
-    ax.set_title("Predicted memory at the peak of a step")
-    ax.legend()
-    return ax
+    on.axvline(capacity / 2**30, color="black", linestyle="--", label=label)
+    on.set_xlabel("GiB per device")
+    on.set_title("Predicted memory at the peak of a step")
+    on.legend()
+    return on
 
 
 def plot_time(plan: Plan, ax: Axes | None = None) -> Axes:
@@ -53,13 +53,13 @@ def plot_time(plan: Plan, ax: Axes | None = None) -> Axes:
         The axes drawn on: one bar a part, and one for the step.
     """
     predicted = explain(plan)["predicted"]
-    ax = _axes(ax)
+    on = _axes(ax)
     parts = [row["part"] for row in predicted["time"]] + ["step"]
     times_s = [row["time_s"] for row in predicted["time"]] + [predicted["step_s"]]
-    _bars(ax, parts, [1e3 * t for t in times_s], [seconds_text(t) for t in times_s])
-    ax.set_xlabel("ms")
-    ax.set_title("Predicted time of a step")
-    return ax
+    _bars(on, parts, [1e3 * t for t in times_s], [seconds_text(t) for t in times_s])
+    on.set_xlabel("ms")
+    on.set_title("Predicted time of a step")
+    return on
 
 
 def plot_losses(
@@ -85,17 +85,17 @@ def plot_losses(
                 f"plot_losses got an empty list of losses{where}; give the losses of "
                 "at least one step, as in `plot_losses(result.losses)`."
             )
-    ax = _axes(ax)
+    on = _axes(ax)
     for name, values in runs.items():
-        ax.plot(range(1, len(values) + 1), list(values), label=name or None)
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss (nats per token)")
+        on.plot(range(1, len(values) + 1), list(values), label=name or None)
+    on.set_xlabel("step")
+    on.set_ylabel("loss (nats per token)")
     if any(runs):
-        ax.legend()
-    return ax
+        on.legend()
+    return on
 
 
-def _axes(ax: Axes | None) -> Any:
+def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt

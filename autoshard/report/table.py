@@ -175,13 +175,8 @@ def tensors(document: Document) -> RenderableType:
         table.add_column(name, overflow="fold")
     table.add_column("per device", justify="right", no_wrap=True)
     rows = document["tensors"]
-    names = [row["path"] for row in rows if row["state"] == "params"]
-    names = [name.removeprefix("params/") for name in names]
     above = ""
-    for row in rows:
-        ends = [name for name in names if f"/{row['path']}".endswith(f"/{name}")]
-        name = max(ends, key=len, default=row["path"].rpartition("/")[2])
-        prefix = row["path"].removesuffix(name)
+    for row, (prefix, name) in zip(rows, split_paths(rows), strict=True):
         if prefix != above:
             table.add_row(Text(prefix, "bold"))
         above = prefix
@@ -194,6 +189,22 @@ def tensors(document: Document) -> RenderableType:
             bytes_text(row["bytes_per_device"]),
         )
     return Group(heading(f"Tensors ({len(rows)})"), table)
+
+
+def split_paths(rows: list[Document]) -> list[tuple[str, str]]:
+    """The path of each tensor as a prefix, and a name that is short and says enough.
+
+    The name of a parameter is its path below `params/`; a moment that an optimizer
+    keeps of it has the same name, below another prefix.
+    """
+    names = [row["path"] for row in rows if row["state"] == "params"]
+    names = [name.removeprefix("params/") for name in names]
+    found = []
+    for row in rows:
+        ends = [name for name in names if f"/{row['path']}".endswith(f"/{name}")]
+        name = max(ends, key=len, default=row["path"].rpartition("/")[2])
+        found.append((row["path"].removesuffix(name), name))
+    return found
 
 
 def _short(dtype: str) -> str:

@@ -1,16 +1,29 @@
-"""Ops that work point by point: every operand has the shape of the result, or none."""
+"""Ops that work point by point: operands have the shape of the result, or none.
+
+An operand may also have dims of size one where the result has more; it is then read
+over and over along them.
+"""
 
 from __future__ import annotations
 
-from autoshard.rules.core import FactorRule, Factors, RuleContext, register
+from autoshard.rules.core import Dim, FactorRule, Factors, RuleContext, register
 
 
 def pointwise(ctx: RuleContext, flops: float) -> FactorRule:
     """The rule of a point-by-point op of any number of operands and results."""
     factors = Factors()
     dims = factors.dims(ctx.results[0])
+
+    def operand(shape: tuple[int, ...]) -> tuple[Dim, ...]:
+        # A dim of size one has no part of the result's factor to hold: sharded like
+        # the result it would be padded, and moved.
+        return tuple(
+            dim if size > 1 else ()
+            for dim, size in zip(dims, shape, strict=False)  # a scalar has no dims
+        )
+
     return factors.rule(
-        [dims if shape else () for shape in ctx.operands],
+        [operand(shape) for shape in ctx.operands],
         [dims for _ in ctx.results],
         "elementwise",
         flops,

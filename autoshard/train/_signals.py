@@ -62,9 +62,9 @@ class StopRequest:
         Args:
             step: Number of the step about to start; asked once for each, in order.
         """
-        if jax.process_count() > 1 and self.signum is None:
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.signum = signal.SIGTERM
+        several = jax.process_count() > 1
+        if several and multihost_utils.reached_preemption_sync_point(step):
+            self.signum = signal.SIGTERM
         return self.signum is not None
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from autoshard import models
+from autoshard.ir._jaxcompat import scan_counts
 
 SMALL = models.DecoderConfig(
     name="small",
@@ -199,9 +200,9 @@ def test_loss_is_one_scan_over_stacked_blocks_with_no_constants():
     jaxpr = loss_jaxpr(SMALL)
     scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     assert len(scans) == 1
-    params = scans[0].params
-    assert (params["length"], params["num_carry"]) == (SMALL.layers, 1)
-    stacked = scans[0].invars[params["num_consts"] + 1 :]
+    consts, carry = scan_counts(scans[0].params)
+    assert (scans[0].params["length"], carry) == (SMALL.layers, 1)
+    stacked = scans[0].invars[consts + carry :]
     block = jax.tree.leaves(nnx.state(models.build_abstract(SMALL).blocks))
     assert sorted(v.aval.shape for v in stacked) == sorted(p.shape for p in block)
     assert not jaxpr.consts
@@ -213,7 +214,7 @@ def test_backward_scan_holds_no_constant_as_large_as_the_scores():
     scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     assert len(scans) == 2
     for eqn in scans:
-        for var in eqn.invars[: eqn.params["num_consts"]]:
+        for var in eqn.invars[: scan_counts(eqn.params)[0]]:
             assert var.aval.size <= seq * seq, var.aval
 
 
@@ -248,7 +249,7 @@ def test_parameters_are_cast_at_use_and_logits_stay_float32():
     scan = next(
         eqn for eqn in loss_jaxpr(model.config).eqns if eqn.primitive.name == "scan"
     )
-    stacked = scan.invars[scan.params["num_consts"] + 1 :]
+    stacked = scan.invars[sum(scan_counts(scan.params)) :]
     assert {str(v.aval.dtype) for v in stacked} == {"float32"}
     assert str(scan.outvars[0].aval.dtype) == "bfloat16"
 

@@ -6,6 +6,7 @@ results come first where the rule starts from them.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,7 @@ def values(case: Case, seed: int = 0) -> list[Any]:
     return [one(arg) for arg in case.args]
 
 
+@functools.cache
 def program_of(case: Case) -> tuple[Program, Op]:
     """The built program and the first op of the case's primitive."""
     program = build(jax.make_jaxpr(case.fn)(*values(case)), [])
@@ -238,7 +240,8 @@ CONTRACTION = [
     Case("dot_general", jnp.matmul, (Arg((3, 8, 4)), Arg((3, 4, 2))),
          "i j l, i l k -> i j k {i=3 j=8 k=2 l=4} reduce l"),
     # lhs [batch, seq, heads, width] and rhs [heads, width, embed], two dims summed.
-    Case("dot_general", lambda x, w: lax.dot_general(x, w, (((2, 3), (0, 1)), ((), ()))),
+    Case("dot_general",
+         lambda x, w: lax.dot_general(x, w, (((2, 3), (0, 1)), ((), ()))),
          (Arg((2, 8, 4, 6)), Arg((4, 6, 10))),
          "i j l m, l m k -> i j k {i=2 j=8 k=10 l=4 m=6} reduce l m"),
     # NCHW by OIHW: the window's place in the input is no factor of its own.

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.lax import GatherScatterMode
+from rules.cases import CASES, ELEMENTWISE, program_of, values
 
 from autoshard.ir import _jaxcompat
 from autoshard.rules import rule_of
-from rules.cases import CASES, ELEMENTWISE, program_of, values
 
 # What a piece holds depends on which piece it is, or on nothing at all.
 NOT_CUT = {
