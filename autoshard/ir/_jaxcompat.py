@@ -7,6 +7,9 @@ public reader at all.
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 from typing import Any
 
 import jax
@@ -55,8 +58,22 @@ def is_literal(atom: Any) -> bool:
 
 
 def source_line(eqn: Any) -> str:
-    """The user's `file:line (function)` an equation came from, or an empty string."""
-    return source_info_util.summarize(eqn.source_info)
+    """The user's `file:line (function)` an equation came from, or an empty string.
+
+    The file is named as it is imported, `package/module.py`, so that the same program
+    gives the same plan on every machine.
+    """
+    line = source_info_util.summarize(eqn.source_info)
+    for root in _import_roots(tuple(sys.path)):
+        if line.startswith(root):
+            return line[len(root) :]
+    return line
+
+
+@functools.cache
+def _import_roots(path: tuple[str, ...]) -> list[str]:
+    roots = {os.path.join(os.path.abspath(entry), "") for entry in path}
+    return sorted(roots, key=lambda root: (-len(root), root))
 
 
 def name_stack(eqn: Any) -> str:

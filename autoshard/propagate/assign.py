@@ -27,6 +27,8 @@ from autoshard.plan.sharded import (
     Reshard,
     ShardedProgram,
 )
+from autoshard.propagate.gradients import gradient_targets
+from autoshard.propagate.project import factors_from, natural_dims, runs_with
 from autoshard.rules import FactorRule
 
 
@@ -186,7 +188,13 @@ class _Propagation:
         self.pins: list[tuple[int, str]] = []
         self.factor_axes: list[Dims] = []
         compute = self._place_inputs()
-        self.targets = self._gradient_targets()
+        self.targets = gradient_targets(
+            program,
+            self.classes.rules,
+            self.stored,
+            gradient_dims=self._gradient_dims,
+            plain_dims=self.value_dims,
+        )
         for op, rule in zip(program.ops, self.classes.rules, strict=True):
             self._visit(op, rule)
         for v in range(len(program.values)):
@@ -235,14 +243,14 @@ class _Propagation:
             result_stored = op.inputs[0] in self.stored
         elif gradient:
             result = self._gradient_dims(op)
-            axes = _factors_from(rule, rule.results[0], result)
+            axes = factors_from(rule, rule.results[0], result)
             result_stored = result != self.value_dims(op.outputs[0], None)
         elif stored and rule.op_kind in ("elementwise", "move", "reduce"):
             most = max(stored, key=lambda v: sum(len(d) for d in self.stored[v]))
             slot = op.inputs.index(most)
-            axes = _factors_from(rule, rule.operands[slot], self.stored[most])
+            axes = factors_from(rule, rule.operands[slot], self.stored[most])
             result_stored = True
-            if not _used(rule, slot, self.stored[most]):
+            if not runs_with(rule, slot, self.stored[most]):
                 axes, result_stored = self._op_axes(op, rule), False
         else:
             axes = self._op_axes(op, rule)
@@ -265,19 +273,19 @@ class _Propagation:
         """A loop takes values as they come in, and as they must go on or go out."""
         source, target = op.inputs[0], op.outputs[0]
         if op.params["kind"] in ("slice", "carry_out"):
-            return _factors_from(rule, rule.operands[0], self.specs[source])
+            return factors_from(rule, rule.operands[0], self.specs[source])
         if op.params["kind"] == "carry_in" and source in self.stored:
-            return _factors_from(rule, rule.operands[0], self.specs[source])
+            return factors_from(rule, rule.operands[0], self.specs[source])
         wanted = self.specs[target]
         if wanted is None:
-            natural = _natural(
-                rule, _factors_from(rule, rule.operands[0], self.specs[source])
+            natural = natural_dims(
+                rule, factors_from(rule, rule.operands[0], self.specs[source])
             )[0]
             wanted = self.targets.get(target)
             if wanted is None:
                 stored = source in self.stored
                 wanted = natural if stored else self.value_dims(target, natural)
-        return _factors_from(rule, rule.results[0], wanted)
+        return factors_from(rule, rule.results[0], wanted)
 
     def _op_axes(self, op: Op, rule: FactorRule) -> Dims:
         """Axes per factor by the rules; an axis goes to the first that wants it."""
@@ -333,7 +341,7 @@ class _Propagation:
             and op.params.get("kind") not in ("carry_in", "carry", "carry_out")
         )
         for k, (value, natural) in enumerate(
-            zip(op.outputs, _natural(rule, axes), strict=True)
+            zip(op.outputs, natural_dims(rule, axes), strict=True)
         ):
             if self.specs[value] is None:
                 if result_stored:
@@ -376,66 +384,6 @@ class _Propagation:
                 # and moves them instead of the much smaller partial sums.
                 self.pins.append((op.index, f"in{k}"))
 
-    # -- gradients ---------------------------------------------------------------
-
-    def _gradient_targets(self) -> dict[int, Dims]:
-        """Specs that reach back from where a gradient is stored to what makes it.
-
-        Walks the ops backwards through point-by-point ops and links; stops at the
-        first op of another kind, which is the one that makes the gradient.
-        """
-        targets: dict[int, Dims] = {}
-        touched = self._optimizer_ops()
-        for op, rule in zip(
-            reversed(self.program.ops), reversed(self.classes.rules), strict=True
-        ):
-            if op.primitive == "autoshard_annotate" and op.params["role"]:
-                targets.setdefault(op.inputs[0], self._gradient_dims(op))
-                continue
-            result = op.outputs[0]
-            wanted = targets.get(result) or touched.get(op.index)
-            if wanted is None or rule.op_kind not in ("elementwise", "move", "link"):
-                continue
-            if op.primitive == LINK and op.params["kind"] != "stack":
-                continue  # what a loop carries has one spec, inside and out
-            axes = _factors_from(rule, rule.results[0], wanted)
-            if _natural(rule, axes)[0] != wanted:
-                continue
-            for value, dims in zip(op.inputs, rule.operands, strict=True):
-                if value >= 0 and dims and self.specs[value] is None:
-                    back = tuple(axes[dim[0]] if dim else () for dim in dims)
-                    targets.setdefault(value, back)
-        plain = [v for v in targets if targets[v] == self.value_dims(v, targets[v])]
-        for v in plain:
-            del targets[v]
-        return targets
-
-    def _optimizer_ops(self) -> dict[int, Dims]:
-        """Ops that meet stored optimizer state, and the spec they run with.
-
-        A function that marks its gradients (a `TrainStep`) says itself how they are
-        stored, so for it this only matters beyond the mark.
-        """
-        stored = dict(self.stored)
-        found: dict[int, Dims] = {}
-        for op, rule in zip(self.program.ops, self.classes.rules, strict=True):
-            if rule.op_kind not in ("elementwise", "link"):
-                continue
-            mine = [v for v in op.inputs if v in stored]
-            if not mine:
-                continue
-            most = max(mine, key=lambda v: sum(len(d) for d in stored[v]))
-            slot = op.inputs.index(most)
-            axes = _factors_from(rule, rule.operands[slot], stored[most])
-            if not _used(rule, slot, stored[most]):
-                continue
-            natural = _natural(rule, axes)
-            for value, dims in zip(op.outputs, natural, strict=True):
-                stored[value] = dims
-            if rule.op_kind == "elementwise":
-                found[op.index] = natural[0]
-        return found
-
     # -- the end -----------------------------------------------------------------
 
     def _finish_outputs(self) -> None:
@@ -467,29 +415,3 @@ class _Propagation:
                 continue
             pairs.update((n, a) for n, a in zip(rule.sizes, axes, strict=True) if a)
         return frozenset(pairs)
-
-
-def _factors_from(
-    rule: FactorRule, dims: tuple[tuple[int, ...], ...], spec: Dims | None
-) -> Dims:
-    """Axes per factor such that the value with these `dims` has this spec."""
-    assert spec is not None
-    axes: list[tuple[str, ...]] = [()] * len(rule.sizes)
-    for dim, wanted in zip(dims, spec, strict=True):
-        if dim and rule.kinds[dim[0]] != "blocked":
-            axes[dim[0]] = wanted
-    return tuple(axes)
-
-
-def _natural(rule: FactorRule, axes: Dims) -> list[Dims]:
-    """Specs the results have when the op runs with these axes per factor."""
-    return [tuple(axes[dim[0]] if dim else () for dim in dims) for dims in rule.results]
-
-
-def _used(rule: FactorRule, slot: int, spec: Dims) -> bool:
-    """Whether an op can run with an operand's spec as it is.
-
-    Every axis must lie on a factor that a device may hold a part of.
-    """
-    axes = _factors_from(rule, rule.operands[slot], spec)
-    return {a for dim in axes for a in dim} >= {a for dim in spec for a in dim}

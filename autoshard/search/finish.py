@@ -115,6 +115,13 @@ def _named_like(traced: Traced, plain: Any) -> Traced:
                 info.logical, plain.classes.of_value[value], strict=True
             )
         )
+    params = [i for i in traced.inputs if i.state == "params"]
+    for info in traced.inputs:
+        # A moment of a parameter has the parameter's names.
+        for param in params if info.state == "optimizer" else ():
+            tail = param.path.removeprefix("params/")
+            if info.path.endswith(f"/{tail}") and info.shape == param.shape:
+                names[info.path] = names[param.path]
     inputs = tuple(replace(i, logical=names[i.path]) for i in traced.inputs)
     return replace(traced, inputs=inputs)
 
@@ -125,6 +132,7 @@ def _tensors(sharded: ShardedProgram) -> list[TensorPlan]:
     for value, info, compute in zip(
         traced.program.inputs, traced.inputs, sharded.compute, strict=True
     ):
+        uses = info.state in ("params", "data")
         found.append(
             TensorPlan(
                 path=info.path,
@@ -133,7 +141,8 @@ def _tensors(sharded: ShardedProgram) -> list[TensorPlan]:
                 state=info.state,
                 logical=info.logical,
                 storage=Spec(sharded.specs[value]),
-                compute=Spec(compute),
+                # Optimizer state is only ever met where it is stored.
+                compute=Spec(compute if uses else sharded.specs[value]),
             )
         )
     return found

@@ -1,0 +1,32 @@
+"""Carrying axes between the dims of a value and the factors of an op."""
+
+from __future__ import annotations
+
+from autoshard.plan.sharded import Dims
+from autoshard.rules import FactorRule
+
+
+def factors_from(
+    rule: FactorRule, dims: tuple[tuple[int, ...], ...], spec: Dims | None
+) -> Dims:
+    """Axes per factor such that the value with these `dims` has this spec."""
+    assert spec is not None
+    axes: list[tuple[str, ...]] = [()] * len(rule.sizes)
+    for dim, wanted in zip(dims, spec, strict=True):
+        if dim and rule.kinds[dim[0]] != "blocked":
+            axes[dim[0]] = wanted
+    return tuple(axes)
+
+
+def natural_dims(rule: FactorRule, axes: Dims) -> list[Dims]:
+    """Specs the results have when the op runs with these axes per factor."""
+    return [tuple(axes[dim[0]] if dim else () for dim in dims) for dims in rule.results]
+
+
+def runs_with(rule: FactorRule, slot: int, spec: Dims) -> bool:
+    """Whether an op can run with an operand's spec as it is.
+
+    Every axis must lie on a factor that a device may hold a part of.
+    """
+    axes = factors_from(rule, rule.operands[slot], spec)
+    return {a for dim in axes for a in dim} >= {a for dim in spec for a in dim}
