@@ -203,7 +203,9 @@ def _from_function(ref: ModelRef, update: optax.GradientTransformation) -> Train
     with nnx.use_eager_sharding(False):
         jax.eval_shape(probe)
     if isinstance(found[0], TrainStep):
-        return function()
+        step = function()  # again, outside of the trace
+        assert isinstance(step, TrainStep)
+        return step
     if isinstance(found[0], nnx.Module):
         return train_step(models.next_token_loss, update, model=build)
     raise InputError(

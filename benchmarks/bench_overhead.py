@@ -184,7 +184,7 @@ def prepare(name: str, strategy: str) -> tuple[Side, Side, Any, dict[str, Any]]:
 
 
 def block(side: Side, batch: Any, durations_s: list[float]) -> tuple[Side, float]:
-    """Takes some steps, each waited for and timed; where they led, and the last loss."""
+    """Takes some steps, each waited for and timed; the new state and the last loss."""
     run, state, compiled = side
     metrics = None
     for _ in range(BLOCK_STEPS):

@@ -21,7 +21,7 @@ import jax
 from autoshard.plan.files import load_strategy, strategy_names
 
 sys.path.insert(0, str(_record.ROOT / "tests"))
-from helpers import equality  # noqa: E402
+from helpers import equality
 
 BAR = 1e-5
 MODELS = ("gpt2-tiny", "llama3-tiny")

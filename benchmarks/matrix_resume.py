@@ -18,7 +18,7 @@ from typing import Any
 import _record
 
 sys.path.insert(0, str(_record.ROOT / "tests"))
-from helpers import killed  # noqa: E402
+from helpers import killed
 
 TRIALS = 5
 

@@ -168,14 +168,15 @@ print("storage ", up.storage)
 print("compute ", up.compute)
 
 # %% [markdown]
-# Each collective names what it moves and the line of *your* code (or of the library
-# that you called) that needs it. The five slowest:
+# Each collective says what it moves, how often and how much, and which line of your
+# code needs it (in a notebook, the "file" is a cell). Those that move this weight, or
+# its gradient:
 
 # %%
-slowest = sorted(plan.predicted.collectives, key=lambda c: -c.time_s)[:5]
-for c in slowest:
-    where = c.source.rpartition("/")[2]
-    print(f"{c.kind:15} over {'+'.join(c.axes):12} {c.value:30} {where}")
+for c in plan.predicted.collectives:
+    if up.path in c.value:
+        what = f"{c.kind} over {'+'.join(c.axes)} of {c.bytes_ // 1024} KiB"
+        print(f"{what:38} {c.value:32} {Path(c.source).name}")
 
 # %% [markdown]
 # ## 4. Plan for a cluster that you do not have
@@ -192,11 +193,15 @@ def build_large(rngs):
 large = ash.train_step(loss_fn, optax.adamw(1e-4), model=build_large)
 shape = batch_shape(256, 2048)
 
+
+def mesh_of(plan):
+    return " ".join(f"{a.axis}={a.size}" for a in plan.axes if a.size > 1)
+
+
 plans = ash.search(large, shape, cluster="h100:64", top=3)
 print(f"{plans[0].program.params / 1e9:.1f} billion parameters")
 for rank, p in enumerate(plans, 1):
-    mesh = " ".join(f"{a.axis}={a.size}" for a in p.axes)
-    print(f"{rank}. {p.predicted.step_s:.3f} s a step  {mesh}")
+    print(f"{rank}. {p.predicted.step_s:.3f} s a step  {mesh_of(p)}")
 
 # %% [markdown]
 # A *strategy* is a plan with holes that the search fills. The default, `"auto"`, is
@@ -206,9 +211,8 @@ for rank, p in enumerate(plans, 1):
 # %%
 for name in ("auto", "fsdp", "megatron-sp"):
     p = ash.search(large, shape, cluster="h100:64", strategy=name)
-    mesh = " ".join(f"{a.axis}={a.size}" for a in p.axes)
     memory_gib = p.predicted.memory.total / 2**30
-    print(f"{name:12} {p.predicted.step_s:.3f} s  {memory_gib:5.1f} GiB  {mesh}")
+    print(f"{name:12} {p.predicted.step_s:.3f} s  {memory_gib:5.1f} GiB  {mesh_of(p)}")
 
 fsdp = ash.search(large, shape, cluster="h100:64", strategy="fsdp")
 print("\na = auto, b = fsdp:", compare(plans[0], fsdp)["verdict"])
@@ -257,7 +261,7 @@ _ = ash.plot_losses(result.losses)
 # %% [markdown]
 # ## Where to go from here
 #
-# * `autoshard search`, `explain`, `run` and `resume` do all of this from a terminal.
+# * `autoshard search`, `explain`, `compare` and `run` do all of this in a terminal.
 # * If you build an annotated model outside of autoshard, do so under
 #   `with nnx.use_eager_sharding(False):`. Otherwise Flax takes the names for mesh axes.
 # * A model that is not NNX works too: give `train_step` a `model` that maps a random

@@ -7,7 +7,7 @@ cross from one copy to the next: between layers that is the residual stream.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,12 +79,13 @@ def find_repeat(signatures: Sequence[object], crossing: Sequence[int]) -> Repeat
     """
     ids: dict[object, int] = {}
     codes = np.array([ids.setdefault(s, len(ids)) for s in signatures])
-    last: dict[int, int] = {}
+    # A block may hold several copies of each of its equations, so the nearest equal one
+    # need not be a period away.
+    recent: dict[int, deque[int]] = defaultdict(lambda: deque(maxlen=8))
     distances: Counter[int] = Counter()
     for i, code in enumerate(codes.tolist()):
-        if code in last:
-            distances[i - last[code]] += 1
-        last[code] = i
+        distances.update(i - before for before in recent[code])
+        recent[code].append(i)
     best: tuple[tuple[int, int], Repeat] | None = None
     for period, _ in distances.most_common(32):
         same = np.concatenate([[False], codes[:-period] == codes[period:], [False]])
@@ -93,14 +94,16 @@ def find_repeat(signatures: Sequence[object], crossing: Sequence[int]) -> Repeat
             run = end - begin
             if run < period:
                 continue
+            # Judged before the cut, which may cost a copy: else a block of two layers
+            # could win over one layer.
+            covered = ((run // period + 1) * period, -period)
+            if best is not None and covered <= best[0]:
+                continue
             cut = min(
                 range(begin, begin + min(period, run - period + 1)),
                 key=lambda at: (crossing[at], at),
             )
-            count = (end - cut) // period + 1
-            covered = (count * period, -period)
-            if best is None or covered > best[0]:
-                best = (covered, Repeat(cut, period, count))
+            best = (covered, Repeat(cut, period, (end - cut) // period + 1))
     return best[1] if best else None
 
 

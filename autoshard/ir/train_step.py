@@ -83,11 +83,22 @@ class TrainStep:
 
     @cached_property
     def _is_nnx(self) -> bool:
-        with nnx.use_eager_sharding(False):
-            try:
+        """Whether `model` takes `nnx.Rngs` and makes a module.
+
+        Other libraries' initialisers take a key and each refuses `nnx.Rngs` in its own
+        way, so any error means "no" as long as the key works; else it is the user's.
+        """
+        if isinstance(self.model, type) and issubclass(self.model, nnx.Module):
+            return True
+        try:
+            with nnx.use_eager_sharding(False):
                 built = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))
-            except (TypeError, AttributeError):
-                return False
+        except Exception as with_rngs:
+            try:
+                jax.eval_shape(lambda: self.model(jax.random.key(0)))
+            except Exception:
+                raise with_rngs from None
+            return False
         return isinstance(built, nnx.Module)
 
     @cached_property
@@ -131,7 +142,7 @@ class TrainStep:
 
     def _loss(self, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
         if not self._is_nnx:
-            return self.loss_fn(params, batch), rest
+            return _scalar(self.loss_fn(params, batch)), rest
         graph, params_like, rest_like = self._abstract
         states = []
         for like, pure in ((params_like, params), (rest_like, rest)):
@@ -139,8 +150,9 @@ class TrainStep:
             nnx.replace_by_pure_dict(state, pure)
             states.append(state)
         module = nnx.merge(graph, *states)
-        loss = self.loss_fn(module, batch)
-        return loss, nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])
+        loss = _scalar(self.loss_fn(module, batch))
+        _, _, rest_after = nnx.split(module, nnx.Param, ...)
+        return loss, nnx.to_pure_dict(rest_after)
 
     # -- the step ----------------------------------------------------------------
 
@@ -153,11 +165,6 @@ class TrainStep:
 
         def one(rest: Any, batch: Any) -> tuple[Any, Any, Any]:
             (loss, rest), grads = grad_fn(state.params, rest, batch)
-            if jnp.ndim(loss) != 0:
-                raise InputError(
-                    f"the loss function returned an array of shape {jnp.shape(loss)}; "
-                    "it must return a scalar (take the mean)."
-                )
             return loss, _marked(grads), rest
 
         count = self.microbatches
@@ -190,6 +197,15 @@ class TrainStep:
             params = optax.apply_updates(state.params, updates)
             new = TrainState(state.step + 1, params, opt_state, rest)
         return new, {"loss": loss, "grad_norm": norm}
+
+
+def _scalar(loss: Any) -> Any:
+    if jnp.ndim(loss) != 0:
+        raise InputError(
+            f"the loss function returned an array of shape {jnp.shape(loss)}; it must "
+            "return a scalar (take the mean)."
+        )
+    return loss
 
 
 def _marked(grads: Any) -> Any:

@@ -408,6 +408,9 @@ class Plan(_Model):
         """`"none"` or `"full"`."""
         return self.strategy.schedule.remat
 
+    def __repr__(self) -> str:
+        return f"<{views.headline(self)}>"
+
     def __str__(self) -> str:
         return views.render(self, "text")
 

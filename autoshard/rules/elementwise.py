@@ -58,3 +58,20 @@ def _barrier(ctx: RuleContext) -> FactorRule:
     factors = Factors()
     dims = [factors.dims(shape) for shape in ctx.operands]
     return factors.rule(dims, dims, "elementwise")
+
+
+@register("bitcast_convert_type")
+def _bitcast(ctx: RuleContext) -> FactorRule:
+    """A change of width adds or drops a last dim, which holds the parts of a word."""
+    factors = Factors()
+    operand, result = ctx.operands[0], ctx.results[0]
+    shared = factors.dims(min(operand, result, key=len))
+    parts = tuple(
+        factors.new(n, "blocked") for n in max(operand, result, key=len)[len(shared) :]
+    )
+    wide = (*shared, *parts)
+    return factors.rule(
+        [wide if len(operand) > len(shared) else shared],
+        [wide if len(result) > len(shared) else shared],
+        "elementwise",
+    )

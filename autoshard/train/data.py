@@ -89,9 +89,13 @@ class ByteCorpus:
         """Tokens of one global batch."""
         return self.batch * self.seq
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the text, `seq`, `batch` and `seed`: equal means same data."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         text = hashlib.sha256(self._text.data).hexdigest()
         parts = {"text": text, "seq": self.seq, "batch": self.batch, "seed": self.seed}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
