@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from autoshard.ir.program import Op, Program
 from autoshard.ir.trace import Traced
+from autoshard.plan.sharded import LAYERS
 from autoshard.rules import FactorRule
 
 
@@ -72,10 +73,14 @@ def names_by_role(
         for c in of_value[value]
     }
     hidden -= data | set(found)
+    stream = {c for c, names in named.items() if {"embed", LAYERS} & set(names)}
     for value, info in zip(program.inputs, traced.inputs, strict=True):
         if info.state == "params":
-            # Of heads x head_dim only the first: one axis shards one dim.
-            hidden -= set([c for c in of_value[value] if c in hidden][1:])
+            # Of heads x head_dim only the first: one axis shards one dim. Where the
+            # user named the first, none is left.
+            inner = [c for c in of_value[value] if c in hidden]
+            told = any(c in named and c not in stream for c in of_value[value])
+            hidden -= set(inner[0 if told else 1 :])
     found.update(dict.fromkeys(hidden, "mlp"))
     return {cls: (name,) for cls, name in found.items()}
 

@@ -21,6 +21,7 @@ from autoshard.ir.annotate import annotate
 from autoshard.ir.program import Op, Program, build
 
 F32, I32, U32, BOOL, C64 = "float32", "int32", "uint32", "bool", "complex64"
+BF16 = "bfloat16"
 KEY = "key"
 
 
@@ -139,6 +140,25 @@ ELEMENTWISE = [
         threefry2x32_p.bind,
         (Arg((8,), U32),) * 4,
         "i, i, i, i -> i, i {i=8}",
+    ),
+    Case(
+        "bitcast_convert_type",
+        lambda x: lax.bitcast_convert_type(x, jnp.int32),
+        (X,),
+        SAME,
+    ),
+    # Four bytes of a word become a dim of their own.
+    Case(
+        "bitcast_convert_type",
+        lambda x: lax.bitcast_convert_type(x, jnp.uint8),
+        (X,),
+        "i j -> i j k {i=4 j=6 k=4} blocked k",
+    ),
+    Case(
+        "bitcast_convert_type",
+        lambda x: lax.bitcast_convert_type(x, jnp.float32),
+        (Arg((4, 6, 2), BF16),),
+        "i j k -> i j {i=4 j=6 k=2} blocked k",
     ),
     Case(
         "optimization_barrier",

@@ -1,0 +1,318 @@
+"""Published layouts on programs small enough to say every collective beforehand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from propagate.programs import (
+    ACTIVATIONS,
+    ATTENTION_WEIGHTS,
+    BATCH,
+    EMBED,
+    LAYERS,
+    MLP,
+    MLP_WEIGHTS,
+    SEQ,
+    attention,
+    collectives,
+    mlp,
+    mlp_step,
+    shape,
+    shard,
+    specs,
+    stacked_step,
+)
+
+from autoshard.cost.price import unique_moves
+from autoshard.ir.annotate import annotate
+from autoshard.ir.train_step import train_step
+from autoshard.plan.sharded import OUTPUT
+
+DATA, FSDP, TENSOR = ("data",), ("fsdp",), ("tensor",)
+TP = {"batch": DATA, "mlp": TENSOR, "heads": TENSOR}
+SP = {**TP, "seq.residual": TENSOR}
+
+FIRST, SECOND = "dot_general#0", "dot_general#1"
+"""Products of the MLP in the order it is written: up, then down."""
+
+
+# -- tensor parallelism: Shoeybi et al. 2019, arXiv:1909.08053, figure 3 ---------
+
+
+def test_an_mlp_sums_once_after_its_second_product():
+    sharded = shard(mlp, [MLP_WEIGHTS, ACTIVATIONS], TP)
+    assert collectives(sharded) == [("all_reduce", "tensor", f"{SECOND} out0")]
+    assert specs(sharded) == {
+        "0/up": ((), TENSOR),
+        "0/down": (TENSOR, ()),
+        "batch": (DATA, (), ()),
+    }
+
+
+def test_attention_sums_once_after_its_output_projection():
+    sharded = shard(attention, [ATTENTION_WEIGHTS, ACTIVATIONS], TP)
+    where = "bshd,hde->bse/dot_general#0 out0"
+    assert collectives(sharded) == [("all_reduce", "tensor", where)]
+    assert specs(sharded)["0/q"] == ((), TENSOR, ())
+    assert specs(sharded)["0/out"] == (TENSOR, (), ())
+
+
+def test_a_layer_in_training_sums_once_forward_and_once_backward():
+    sharded = shard(stacked_step(), [ACTIVATIONS], TP)
+    ops = sharded.traced.program.ops
+    tensor = [
+        (kind, where.split("/")[0])
+        for kind, axes, where in collectives(sharded)
+        if axes == "tensor" and "/scan#0/" in where
+    ]
+    assert sorted(tensor) == [
+        ("all_reduce", "jvp()"),
+        ("all_reduce", "transpose(jvp())"),
+    ]
+    products = {
+        ops[m.op].primitive
+        for m in unique_moves(sharded)
+        if m.unreduced == TENSOR and ops[m.op].region > 0
+    }
+    assert products == {"dot_general"}
+
+
+# -- sequence parallelism: Korthikanti et al. 2022, arXiv:2205.05198 -------------
+
+
+def test_with_the_residual_sharded_the_sum_is_split_in_two():
+    sharded = shard(mlp, [MLP_WEIGHTS, ACTIVATIONS], SP)
+    assert collectives(sharded) == [
+        ("all_gather", "tensor", f"{FIRST} in0"),
+        ("reduce_scatter", "tensor", f"{SECOND} out0"),
+    ]
+    assert specs(sharded)["batch"] == (DATA, TENSOR, ())
+
+
+def test_three_projections_share_one_gather():
+    sharded = shard(attention, [ATTENTION_WEIGHTS, ACTIVATIONS], SP)
+    assert [(kind, axes) for kind, axes, _ in collectives(sharded)] == [
+        ("all_gather", "tensor"),
+        ("reduce_scatter", "tensor"),
+    ]
+    # All three need it; the program moves it once.
+    gathers = [r for r in sharded.reshards if not r.unreduced]
+    assert len(gathers) == 3
+    assert len({r.value for r in gathers}) == 1
+
+
+# -- data parallelism and ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054 --------
+
+UP_GRADIENT = "transpose(jvp())/dot_general#2 out0"
+DOWN_GRADIENT = "transpose(jvp())/dot_general#0 out0"
+"""Backwards the second product comes first: its weight, its operand, then the first's
+weight; the data needs no gradient."""
+
+LOSS = ("all_reduce", "data", "jvp()/reduce_sum#0 out0")
+
+
+def without_scalars(sharded):
+    """Collectives but for those of the loss and of the gradients' norm."""
+    return [
+        (kind, axes, where)
+        for kind, axes, where in collectives(sharded)
+        if kind != "slice" and "reduce_sum" not in where
+    ]
+
+
+def test_data_parallelism_sums_each_gradient():
+    sharded = shard(mlp_step(), [ACTIVATIONS], {"batch": DATA})
+    assert collectives(sharded) == [
+        LOSS,
+        ("all_reduce", "data", DOWN_GRADIENT),
+        ("all_reduce", "data", UP_GRADIENT),
+    ]
+
+
+def test_zero_1_sums_gradients_and_gathers_new_parameters():
+    sharded = shard(mlp_step(), [ACTIVATIONS], {"batch": DATA}, optimizer=DATA)
+    paths = [i.path for i in sharded.traced.inputs]
+    outputs = [f"output out{paths.index(f'params/{w}')}" for w in ("down", "up")]
+    assert without_scalars(sharded) == [
+        *(("all_gather", "data", where) for where in outputs),
+        ("all_reduce", "data", DOWN_GRADIENT),
+        ("all_reduce", "data", UP_GRADIENT),
+    ]
+    found = specs(sharded)
+    assert found["params/up"] == ((), ())
+    assert found["opt_state/0/mu/up"] == found["opt_state/0/nu/up"] == ((), DATA)
+    assert found["opt_state/0/mu/down"] == (DATA, ())
+
+
+def test_zero_2_scatters_gradients():
+    sharded = shard(
+        mlp_step(), [ACTIVATIONS], {"batch": DATA}, optimizer=DATA, gradients=DATA
+    )
+    assert [
+        (kind, where)
+        for kind, _, where in without_scalars(sharded)
+        if not where.startswith("output")
+    ] == [("reduce_scatter", DOWN_GRADIENT), ("reduce_scatter", UP_GRADIENT)]
+    assert sum(w.startswith("output") for _, _, w in without_scalars(sharded)) == 2
+
+
+def fsdp(step):
+    return shard(
+        step,
+        [ACTIVATIONS],
+        {"batch": FSDP},
+        params=FSDP,
+        gradients=FSDP,
+        optimizer=FSDP,
+        sizes={"fsdp": 4},
+    )
+
+
+def test_fsdp_gathers_at_use_and_scatters_gradients():
+    sharded = fsdp(mlp_step())
+    assert without_scalars(sharded) == [
+        ("all_gather", "fsdp", f"jvp()/{FIRST} in1"),
+        ("all_gather", "fsdp", f"jvp()/{SECOND} in1"),
+        ("reduce_scatter", "fsdp", DOWN_GRADIENT),
+        ("reduce_scatter", "fsdp", UP_GRADIENT),
+    ]
+    # Nothing is gathered at the end: the update runs on what is stored.
+    assert all(r.op != OUTPUT for r in sharded.reshards)
+
+
+def test_fsdp_gathers_one_layer_at_a_time_in_each_loop():
+    sharded = fsdp(stacked_step())
+    kinds = [
+        (kind, where.split("/")[:2]) for kind, _, where in without_scalars(sharded)
+    ]
+    forward, backward = ["jvp()", "scan#0"], ["transpose(jvp())", "scan#0"]
+    assert kinds == [
+        *[("all_gather", forward)] * 2,
+        *[("all_gather", backward)] * 2,
+        *[("reduce_scatter", backward)] * 2,
+    ]
+    # The dim of the layers is never cut: a loop takes its slices from it.
+    assert specs(sharded)["params/up"] == ((), (), FSDP)
+    for move in unique_moves(sharded):
+        if sharded.traced.program.ops[move.op].region:
+            assert LAYERS not in sharded.traced.program.values[move.value].shape
+
+
+# -- what divides, and what does not ---------------------------------------------
+
+
+def odd_step(rows, columns):
+    return train_step(
+        lambda w, x: ((x @ w) ** 2).mean(),
+        optax.adam(1e-3),
+        model=lambda key: jnp.ones((rows, columns)),
+    )
+
+
+def test_storage_goes_to_a_dim_that_divides():
+    sharded = shard(odd_step(7, 12), [shape(8, 7)], {}, params=FSDP, sizes={"fsdp": 4})
+    assert specs(sharded)["params"] == ((), FSDP)
+    assert sharded.notes == ()
+
+
+def test_storage_that_divides_nowhere_stays_with_a_note():
+    sharded = shard(odd_step(7, 9), [shape(8, 7)], {}, params=FSDP, sizes={"fsdp": 4})
+    assert specs(sharded)["params"] == ((), ())
+    [note] = sharded.notes
+    assert note == (
+        "params (7, 9) is not sharded over fsdp in memory: no dim is divisible by 4"
+    )
+    assert not [c for c in collectives(sharded) if c[0] == "all_gather"]
+
+
+def test_while_sizes_are_unknown_everything_divides():
+    sharded = shard(odd_step(7, 9), [shape(8, 7)], {}, params=FSDP)
+    assert specs(sharded)["params"] == ((), FSDP)
+
+
+def test_storage_over_an_axis_of_one_changes_nothing():
+    sharded = shard(odd_step(8, 8), [shape(8, 8)], {}, params=FSDP, sizes={"fsdp": 1})
+    assert specs(sharded)["params"] == ((), ())
+
+
+def test_storage_joins_the_compute_spec():
+    """An axis that shards a dim in compute already is not used again."""
+    sharded = shard(
+        mlp, [MLP_WEIGHTS, ACTIVATIONS], TP, params=("data", "tensor"), sizes={}
+    )
+    assert specs(sharded)["0/up"] == (DATA, TENSOR)
+
+
+def test_what_must_divide_is_listed():
+    sharded = shard(mlp, [MLP_WEIGHTS, ACTIVATIONS], SP)
+    assert sharded.divides == {(BATCH, DATA), (SEQ, TENSOR), (MLP, TENSOR)}
+
+
+# -- rules -----------------------------------------------------------------------
+
+
+def test_names_tied_with_different_rules_are_noted_and_the_first_rule_holds():
+    def fn(w, x):
+        return annotate(x, "batch", "left") + annotate(w, None, "right")
+
+    rules = {"right": TENSOR, "left": FSDP}
+    sharded = shard(fn, [shape(8, 4), shape(8, 4)], rules)
+    [note] = sharded.notes
+    assert "right" in note
+    assert "left" in note
+    assert note.endswith("different rules; the first, tensor, holds")
+    assert {dims[1] for dims in specs(sharded).values()} == {TENSOR}
+
+
+def test_names_tied_with_the_same_rule_are_no_conflict():
+    def fn(w, x):
+        return annotate(x, "batch", "left") + annotate(w, None, "right")
+
+    sharded = shard(fn, [shape(8, 4), shape(8, 4)], {"right": TENSOR, "left": TENSOR})
+    assert sharded.notes == ()
+
+
+def test_a_rule_for_a_name_nobody_has_changes_nothing():
+    args = [MLP_WEIGHTS, ACTIVATIONS]
+    plain = shard(mlp, args, TP)
+    more = shard(mlp, args, {"expert": ("expert",), **TP})
+    assert (more.specs, more.reshards) == (plain.specs, plain.reshards)
+    assert more.notes == ()
+
+
+@pytest.mark.parametrize(("first", "dim"), [("embed", 0), ("mlp", 1)])
+def test_an_axis_goes_to_the_first_rule_that_wants_it(first, dim):
+    rules = {first: TENSOR, "embed": TENSOR, "mlp": TENSOR}
+    sharded = shard(mlp, [MLP_WEIGHTS, ACTIVATIONS], rules)
+    expected = [(), ()]
+    expected[dim] = TENSOR
+    assert specs(sharded)["0/up"] == tuple(expected)
+
+
+def test_no_rules_move_nothing():
+    sharded = shard(mlp, [MLP_WEIGHTS, ACTIVATIONS], {})
+    assert sharded.reshards == ()
+    assert sharded.divides == frozenset()
+
+
+def test_a_dim_of_size_one_is_not_sharded():
+    sharded = shard(
+        lambda w, x: x * w, [shape(1, EMBED), shape(1, EMBED)], {"batch": DATA}
+    )
+    assert specs(sharded)["batch"] == ((), ())
+
+
+def test_an_axis_is_never_used_twice_in_a_spec():
+    """Queries against keys: the class of the sequence meets itself."""
+
+    def fn(w, x):
+        x = annotate(x, "batch", "seq", "embed")
+        return jax.nn.softmax(jnp.einsum("bqe,bke->bqk", x, x)).sum() * w
+
+    for rules in ({"seq": TENSOR}, {"seq": TENSOR, "embed": TENSOR}):
+        sharded = shard(fn, [shape(), ACTIVATIONS], rules)
+        for spec in (*sharded.specs, *sharded.factor_axes):
+            used = [axis for dim in spec for axis in dim]
+            assert len(used) == len(set(used))
