@@ -15,11 +15,32 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
+
+
+class Start(NamedTuple):
+    """What must be read before a measurement, as it may change while that runs.
+
+    Attributes:
+        commit: See `commit`.
+        date: When, in UTC.
+        load: Runnable processes on average over the minute before; times taken on a
+            busy machine say little.
+    """
+
+    commit: str
+    date: str
+    load: float
+
+
+def begin() -> Start:
+    """Notes the state of the checkout and of the machine."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Start(commit(), now, round(os.getloadavg()[0], 2))
 
 
 def arguments(about: str) -> argparse.Namespace:
@@ -52,7 +73,7 @@ def write(
     command: str,
     figures: dict[str, Any],
     passed: bool,
-    load_before: float | None = None,
+    start: Start,
 ) -> None:
     """Writes `<into>/<name>.json` and says where.
 
@@ -63,31 +84,25 @@ def write(
         command: What to type at the top of a checkout to do it again.
         figures: The numbers, units in their names.
         passed: Whether every bar was met.
-        load_before: `load()` from before the measurement, where times were measured.
+        start: From `begin`, called before the measurement.
     """
     record: dict[str, Any] = {
         "name": name,
         "what": what,
         "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "date": start.date,
+        "commit": start.commit,
         "versions": versions(),
         "hardware": hardware(),
+        "load_before": start.load,
         "passed": passed,
         "figures": figures,
     }
-    if load_before is not None:
-        record["load_before"] = load_before
     into.mkdir(parents=True, exist_ok=True)
     path = into / f"{name}.json"
     path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     shown = path.resolve()
     print(f"wrote {shown.relative_to(ROOT) if ROOT in shown.parents else shown}")
-
-
-def load() -> float:
-    """How busy the machine was in the last minute: runnable processes, on average."""
-    return round(os.getloadavg()[0], 2)
 
 
 def versions() -> dict[str, str]:

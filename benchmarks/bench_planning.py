@@ -66,8 +66,7 @@ def search(arguments: tuple[str, ...], scratch: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Measures both cases; 1 when a bar is missed."""
-    options = _record.arguments(__doc__ or "")
-    before = _record.load()
+    options, start = _record.arguments(__doc__ or ""), _record.begin()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(RUNS):
@@ -115,7 +114,7 @@ def main() -> int:
             "cases": cases,
         },
         passed=passed,
-        load_before=before,
+        start=start,
     )
     return int(not passed)
 

@@ -72,7 +72,7 @@ def row(found: dict[str, Any]) -> tuple[str, ...]:
 
 def main() -> int:
     """Runs the matrix; 1 when a case is beyond the bar."""
-    options = _record.arguments(__doc__ or "")
+    options, start = _record.arguments(__doc__ or ""), _record.begin()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     names = strategy_names()
@@ -104,6 +104,7 @@ def main() -> int:
             "by_case": cases,
         },
         passed=not failed,
+        start=start,
     )
     return int(bool(failed))
 

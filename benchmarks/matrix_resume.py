@@ -49,7 +49,7 @@ def trial(seed: int, scratch: Path, expected: list[dict[str, Any]]) -> dict[str,
 
 def main() -> int:
     """Runs all trials; 1 when one left a trace."""
-    options = _record.arguments(__doc__ or "")
+    options, start = _record.arguments(__doc__ or ""), _record.begin()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         killed.run_to_the_end(scratch / "whole")
@@ -86,6 +86,7 @@ def main() -> int:
             "trials": trials,
         },
         passed=passed,
+        start=start,
     )
     return int(not passed)
 

@@ -181,8 +181,8 @@ for c in plan.predicted.collectives:
 # %% [markdown]
 # ## 4. Plan for a cluster that you do not have
 #
-# The same model code, 30 times wider, for 64 H100s. No array is made and no GPU is
-# needed. `top=3` returns the three best plans instead of one.
+# The same model code, 32 times wider and four times deeper, for 64 H100s. No array is
+# made and no GPU is needed. `top=3` returns the three best plans instead of one.
 
 
 # %%

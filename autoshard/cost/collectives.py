@@ -133,7 +133,9 @@ class Meshes:
             net = self.cluster.links[-1].bytes_per_s.value * LINK_EFFICIENCY
             node = self.cluster.links[0].bytes_per_s.value * LINK_EFFICIENCY
             time = (
-                np.maximum(bytes_ * (1 - inside) / net, bytes_ * inside / node)
+                np.maximum(
+                    bytes_ * (1 - inside) / net, bytes_ * (inside - 1 / total) / node
+                )
                 + latency
             )
         else:

@@ -78,8 +78,9 @@ def abstract(tree: Any) -> Any:
     """The same pytree with `jax.ShapeDtypeStruct` leaves."""
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            x = np.asarray(x)
+        held = isinstance(x, np.ndarray | np.generic)
+        if held or not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            x = jax.typeof(np.asarray(x))  # as JAX takes it: float64 as float32
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     return jax.tree.map(one, tree)

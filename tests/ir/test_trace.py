@@ -78,7 +78,17 @@ def test_data_dims_are_named_by_role():
 def test_abstract_keeps_shapes_only():
     got = abstract({"a": np.ones((2, 3), np.int32), "b": 1.5})
     assert got["a"] == shape(2, 3, dtype=jnp.int32)
-    assert got["b"].shape == ()
+    assert got["b"] == shape()
+
+
+def test_abstract_takes_wide_numbers_as_jax_does():
+    got = abstract({"a": np.ones(3), "b": np.float64(1), "c": 2, "d": jnp.ones(2)})
+    assert got == {
+        "a": shape(3),
+        "b": shape(),
+        "c": shape(dtype=jnp.int32),
+        "d": shape(2),
+    }
 
 
 def test_no_arguments():
