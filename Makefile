@@ -72,8 +72,9 @@ core: $(VENV)/.test ## the tests of the core layers only
 	$(BIN)/pytest $(CORE_TESTS)
 
 .PHONY: full
-full: check $(VENV)/.test ## all checks, all tests with the slow ones, notebooks, demo
+full: check $(VENV)/.test ## all checks, tests, slow ones too, notebooks, demo
 	$(BIN)/pytest -m 'not gpu and not tpu'
+	$(BIN)/python benchmarks/matrix_equality.py --into $(BUILD)
 	$(MAKE) notebooks demo
 
 .PHONY: notebooks

@@ -249,9 +249,9 @@ class _Propagation:
             most = max(stored, key=lambda v: sum(len(d) for d in self.stored[v]))
             slot = op.inputs.index(most)
             axes = factors_from(rule, rule.operands[slot], self.stored[most])
-            result_stored = True
-            if not runs_with(rule, slot, self.stored[most]):
-                axes, result_stored = self._op_axes(op, rule), False
+            result_stored = runs_with(rule, slot, self.stored[most])
+            if not result_stored:
+                axes = self._op_axes(op, rule)
         else:
             axes = self._op_axes(op, rule)
         self.factor_axes.append(axes)

@@ -24,9 +24,15 @@ def natural_dims(rule: FactorRule, axes: Dims) -> list[Dims]:
 
 
 def runs_with(rule: FactorRule, slot: int, spec: Dims) -> bool:
-    """Whether an op can run with an operand's spec as it is.
+    """Whether an op can run with an operand's storage spec as it is.
 
-    Every axis must lie on a factor that a device may hold a part of.
+    Every axis must lie on a factor that a device may hold a part of, and a point-by-
+    point op must not read the operand over and over: a norm's scale that meets
+    activations is used there, and keeping its storage spec would move the activations.
     """
     axes = factors_from(rule, rule.operands[slot], spec)
-    return {a for dim in axes for a in dim} >= {a for dim in spec for a in dim}
+    held = {f for dim in rule.operands[slot] for f in dim}
+    repeats = not held >= {f for dim in rule.results[0] for f in dim}
+    return not repeats and {a for dim in axes for a in dim} >= {
+        a for dim in spec for a in dim
+    }

@@ -84,6 +84,6 @@ def _unknown(
     return (
         f"{where} of shape {tuple(shape)} is annotated {names}, but no rule of "
         f"strategy {strategy.name!r} names the logical axis {name!r}, and it is none "
-        f"of {', '.join(sorted(known))}.{hint} If the dim is never sharded, say so in "
-        f"the strategy: [rules] {name} = []."
+        f"of {', '.join(sorted(known))}.{hint} If the dim is never sharded, annotate "
+        f"it None, or say so in the strategy: [rules] {name} = []."
     )

@@ -293,3 +293,19 @@ def test_a_loop_keeps_what_each_layer_saves():
     assert many.gradients - few.gradients == 4 * IN * IN * 4
     # sin(x) for the weight's gradient and cos(x) for the operand's.
     assert many.activations - few.activations == 4 * 2 * ROWS * IN * 4
+
+
+def test_what_a_loop_stacks_is_there_from_its_first_run():
+    wide, length = 8 * IN, 3
+
+    def fn(weights, x):
+        def body(x, _):
+            x = x @ weights["up"] @ weights["down"]
+            return x, x
+
+        return jax.lax.scan(body, x, None, length=length)[1]
+
+    weights = {"up": shape(IN, wide), "down": shape(wide, IN)}
+    got = memory(pricer(fn, [weights, shape(ROWS, IN)]))
+    # What is carried, what is stacked, and the wide product between the two others.
+    assert got.activations == 4 * ROWS * (IN + length * IN + wide)

@@ -91,6 +91,17 @@ def test_with_the_residual_sharded_the_sum_is_split_in_two():
     assert specs(sharded)["batch"] == (DATA, TENSOR, ())
 
 
+def test_the_residual_rule_is_not_for_parameters():
+    """Learned positions have the sequence and the embed dim, and stay whole."""
+
+    def fn(positions, x):
+        return annotate(x, "batch", "seq", "embed") + positions
+
+    sharded = shard(fn, [shape(SEQ, EMBED), ACTIVATIONS], SP)
+    assert specs(sharded) == {"0": ((), ()), "batch": (DATA, TENSOR, ())}
+    assert {kind for kind, _, _ in collectives(sharded)} == {"slice"}
+
+
 def test_three_projections_share_one_gather():
     sharded = shard(attention, [ATTENTION_WEIGHTS, ACTIVATIONS], SP)
     assert [(kind, axes) for kind, axes, _ in collectives(sharded)] == [
