@@ -3,8 +3,8 @@
 By hand is what a Flax user would write without autoshard: `nnx.split`, `nnx.merge`,
 `jax.value_and_grad` and optax in one function, under `jax.jit` with the plan's own
 input and output shardings and a donated state. Under dp and megatron-tp nothing else
-is needed. Under fsdp the partitioner, left alone, shards the activations like the
-weights and loses by far, so there the person writes what is usual for FSDP:
+is needed. Under fsdp the partitioner, left alone, moves the activations and not the
+weights, which is slower, so there the person writes what is usual for FSDP:
 `with_sharding_constraint` on the residual stream around each layer, and on the
 weights of the layer, to gather them where they are used. Models, optimizer, initial
 state, batch, mesh and devices are the same on both sides.

@@ -283,6 +283,15 @@ class Pricer:
                 size = np.where(meshes.product(moved) > 1, size, 0.0)  # else no copy
                 first, last = self.uses[self._key(reshard)]
                 live("activations", size, first, last)
+            elif reshard.op != OUTPUT and reshard.unreduced:
+                # The whole partial sum exists before its pieces are scattered.
+                size = self.local_bytes(
+                    reshard.value, axes_of(reshard.source), meshes, cuts
+                )
+                pieces = axes_of(reshard.target) - axes_of(reshard.source)
+                size = np.where(meshes.product(pieces) > 1, size, 0.0)
+                kind = kinds[reshard.value not in self.work.gradients]
+                live(kind, size, reshard.op, reshard.op)
         for value in self._gradient_leaves():
             held = axes_of(self.sharded.specs[value])
             size = self.program.values[value].bytes_ / meshes.product(held)

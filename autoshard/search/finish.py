@@ -179,7 +179,7 @@ def _constraints(sharded: ShardedProgram, sizes: dict[str, int]) -> list[Constra
             pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
     for index, slot in sharded.pins:
         side = ops[index].inputs if slot.startswith("in") else ops[index].outputs
-        value = side[int(slot.lstrip("inout"))]
+        value = side[int(slot.removeprefix("in").removeprefix("out"))]
         pinned.setdefault((ops[index].address, slot), sharded.specs[value])
 
     def active(dims: Dims) -> Spec:

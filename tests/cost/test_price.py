@@ -271,9 +271,10 @@ def test_memory_divides_as_its_state_is_stored():
     assert got.params == WEIGHT / 4
     assert got.optimizer == 2 * WEIGHT / 4 + 4
     assert got.other == DATA / 4 + 4
-    # The peak is now in the forward pass: the gathered weight and the result.
-    assert got.gradients == 0
-    assert got.activations == WEIGHT + HIDDEN / 4
+    # The peak is where the gradient is made: each device has a partial sum of all of
+    # it, and the piece that it keeps, next to the cotangent of its rows and the loss.
+    assert got.gradients == WEIGHT + WEIGHT / 4
+    assert got.activations == HIDDEN / 4 + 4
 
 
 def test_a_loop_keeps_what_each_layer_saves():
