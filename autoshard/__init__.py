@@ -16,7 +16,6 @@ from autoshard.api import (
     load_strategy,
     parallelize,
     resolve,
-    save_plan,
     search,
     train_step,
 )
@@ -50,7 +49,6 @@ __all__ = [
     "plot_losses",
     "plot_memory",
     "resolve",
-    "save_plan",
     "search",
     "train_step",
 ]

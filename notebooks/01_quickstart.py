@@ -231,7 +231,7 @@ _ = ash.plot_memory(plans[0])
 
 # %%
 path = Path(tempfile.mkdtemp()) / "quickstart.plan.json"
-ash.save_plan(plan, path)
+plan.save(path)
 
 parallel = ash.parallelize(step, ash.load_plan(path))
 state = parallel.init(seed=0)  # each device makes its own part

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -307,17 +308,15 @@ class Pricer:
     def _key(self, reshard: Reshard) -> tuple[Any, ...]:
         return _key(self.sharded, reshard)
 
-    @property
+    @cached_property
     def uses(self) -> dict[tuple[Any, ...], tuple[int, int]]:
         """First and last op that uses each resharded copy."""
-        if not hasattr(self, "_uses"):
-            found: dict[tuple[Any, ...], tuple[int, int]] = {}
-            for reshard in self.sharded.reshards:
-                key = _key(self.sharded, reshard)
-                first, last = found.get(key, (reshard.op, reshard.op))
-                found[key] = (min(first, reshard.op), max(last, reshard.op))
-            self._uses = found
-        return self._uses
+        found: dict[tuple[Any, ...], tuple[int, int]] = {}
+        for reshard in self.sharded.reshards:
+            key = _key(self.sharded, reshard)
+            first, last = found.get(key, (reshard.op, reshard.op))
+            found[key] = (min(first, reshard.op), max(last, reshard.op))
+        return found
 
 
 def _key(sharded: ShardedProgram, reshard: Reshard) -> tuple[Any, ...]:

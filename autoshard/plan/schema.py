@@ -7,6 +7,7 @@ search filled in and what follows from it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -407,6 +408,16 @@ class Plan(_Model):
     def remat(self) -> str:
         """`"none"` or `"full"`."""
         return self.strategy.schedule.remat
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, whole or not at all; see `plan.files.save_plan`.
+
+        Raises:
+            OutputError: The place cannot be written.
+        """
+        from autoshard.plan.files import save_plan  # that module reads this one
+
+        save_plan(self, path)
 
     def __repr__(self) -> str:
         return f"<{views.headline(self)}>"

@@ -60,21 +60,22 @@ def planned(plan):
     return found
 
 
-@pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    ("name", "mesh", "scan"),
     [
-        ("dp", {}),
-        ("zero1", {}),
-        ("fsdp", {"data": 2, "fsdp": 4}),
-        ("megatron-tp", {"data": 2, "tensor": 4}),
-        ("megatron-sp", {"data": 2, "tensor": 4}),
-        ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("dp", {}, True),
+        ("dp", {}, False),
+        ("zero1", {}, False),
+        ("fsdp", {"data": 2, "fsdp": 4}, True),
+        ("fsdp", {"data": 2, "fsdp": 4}, False),
+        ("megatron-tp", {"data": 2, "tensor": 4}, False),
+        ("megatron-sp", {"data": 2, "tensor": 4}, True),
+        ("megatron-sp", {"data": 2, "tensor": 4}, False),
+        ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}, True),
+        ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}, False),
     ],
 )
 def test_planned_collectives_are_the_emitted_ones(name, mesh, scan, tmp_path, capfd):
-    if scan and name in ("zero1", "megatron-tp"):
-        pytest.skip("covered unrolled; the loop is covered by the other strategies")
     step = make_step("llama3-tiny", scan=scan)
     strategy = pinned(name, microbatches=1, remat="none", **mesh)
     [plan] = search_plans(step, (abstract_batch(),), cluster("cpu:8"), strategy)

@@ -34,7 +34,7 @@ def text():
 def test_saved_loaded_and_saved_again_is_byte_identical(text, tmp_path):
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     save_plan(plan_from_json(text), first)
-    save_plan(load_plan(first), second)
+    load_plan(first).save(second)
     assert first.read_bytes() == second.read_bytes() == text.encode()
 
 
