@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -97,7 +98,8 @@ def reference(name: str, scan: bool):
 def relative(a: Any, b: Any) -> float:
     """Norm of the difference over the norm of the reference."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+    difference = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+    return difference if math.isfinite(difference) else math.inf  # max() skips a NaN
 
 
 def run_and_compare(
