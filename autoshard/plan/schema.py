@@ -311,6 +311,9 @@ class Estimate(_Model):
 class Certificate(_Model):
     """How good the plan is, within the space and the cost model that were used.
 
+    Candidates with accumulation are ranked by a price scaled from the program without
+    it; only the plan that is written is traced and priced with its accumulation.
+
     Attributes:
         lower_bound_s: No candidate of the space is predicted faster.
         gap: `step_s / lower_bound_s - 1`.

@@ -147,19 +147,6 @@ class Space:
             pieces = np.tile(np.array(cuts, dtype=np.int64), len(rows))
             fits = divisible(pricer, grid, pieces, batch)
             sizes, pieces = grid[fits], pieces[fits]
-            if not len(sizes):
-                found.append(
-                    Candidates(
-                        structure,
-                        pricer,
-                        sizes,
-                        pieces,
-                        np.zeros(0),
-                        np.zeros(0),
-                        len(grid),
-                    )
-                )
-                continue
             prices = pricer.price(cluster, sizes, pieces.astype(np.float64))
             found.append(
                 Candidates(
