@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD := build
+CLIENTS_VENV := $(BUILD)/clients
 
 # The layers whose tests need no command line, no checkpoints and little time: run a
 # second time on the newest Python and JAX.
@@ -42,6 +43,12 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -qq --editable '.[dev]'
 	@touch $@ $(VENV)/.test $(VENV)/.user
 
+# Other people's packages pin what they like; theirs is an environment of its own.
+$(CLIENTS_VENV)/.clients: pyproject.toml | $(BUILD)
+	$(MAKE) $(CLIENTS_VENV)/bin/python VENV=$(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install -qq --editable '.[test,clients]'
+	@touch $@
+
 $(VENV)/.notebooks: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -qq --editable '.[notebooks]'
 	@touch $@ $(VENV)/.user
@@ -70,6 +77,10 @@ test: $(VENV)/.test ## the tests and doctests that need no accelerator
 .PHONY: core
 core: $(VENV)/.test ## the tests of the core layers only
 	$(BIN)/pytest $(CORE_TESTS)
+
+.PHONY: clients
+clients: $(CLIENTS_VENV)/.clients ## plan and run programs that other people wrote
+	$(CLIENTS_VENV)/bin/pytest tests/clients
 
 .PHONY: full
 full: check $(VENV)/.test ## all checks, tests, slow ones too, notebooks, demo

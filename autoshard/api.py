@@ -17,7 +17,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -27,6 +27,7 @@ import optax
 from flax import nnx
 
 from autoshard import models
+from autoshard.ir.annotations.paths import SpecMap
 from autoshard.ir.errors import InputError, NameUnknownError
 from autoshard.ir.train_step import TrainStep, train_step
 from autoshard.lower import ParallelFunction, ParallelStep, parallelize
@@ -40,6 +41,7 @@ from autoshard.plan.files import (
     strategy_names,
 )
 from autoshard.plan.schema import ModelRef, Plan, Strategy
+from autoshard.rules import register_rule
 from autoshard.search import search_plans
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -222,6 +224,9 @@ def search(
     cluster: str | Cluster,
     strategy: str | Strategy = ...,
     top: None = ...,
+    specs: SpecMap | None = ...,
+    aliases: Mapping[str, str] | None = ...,
+    replicate: Iterable[str] = ...,
     model_ref: ModelRef | None = ...,
     log: Callable[[str], None] | None = ...,
 ) -> Plan: ...
@@ -234,6 +239,9 @@ def search(
     cluster: str | Cluster,
     strategy: str | Strategy = ...,
     top: int,
+    specs: SpecMap | None = ...,
+    aliases: Mapping[str, str] | None = ...,
+    replicate: Iterable[str] = ...,
     model_ref: ModelRef | None = ...,
     log: Callable[[str], None] | None = ...,
 ) -> list[Plan]: ...
@@ -245,6 +253,9 @@ def search(
     cluster: str | Cluster,
     strategy: str | Strategy = "auto",
     top: int | None = None,
+    specs: SpecMap | None = None,
+    aliases: Mapping[str, str] | None = None,
+    replicate: Iterable[str] = (),
     model_ref: ModelRef | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Plan | list[Plan]:
@@ -258,6 +269,14 @@ def search(
         cluster: A `Cluster`, or its name such as `"h100:64"`.
         strategy: A `Strategy`, the name of a shipped one, or a TOML file.
         top: Return this many different plans, the fastest first.
+        specs: Regular expression over the paths of arguments to what fixes them: a
+            `PartitionSpec`, or one entry per dim (an axis, several, `""` for whole,
+            `"*"` for open). The first that matches a path holds, before those of the
+            strategy.
+        aliases: Canonical axis per name that the program gives a mesh axis, where it is
+            none of the well-known ones (`dp`, `tp`, `model`, ...).
+        replicate: Primitives, or kernels, without a factor rule that every device may
+            compute whole; each use is listed in the plan.
         model_ref: Recorded in the plan, so that the command line can run it.
         log: Called with progress in words.
 
@@ -285,6 +304,7 @@ def search(
         raise InputError(f"top must be 1 or more; got {top}.")
     chips = cluster if isinstance(cluster, Cluster) else _cluster(cluster)
     policy = strategy if isinstance(strategy, Strategy) else load_strategy(strategy)
+    policy = policy.with_wishes(specs or {}, aliases or {}, replicate)
     plans = search_plans(
         fn, abstract_args, chips, policy, top=top or 1, model_ref=model_ref, log=log
     )
@@ -322,6 +342,7 @@ __all__ = [
     "model_names",
     "optimizer",
     "parallelize",
+    "register_rule",
     "resolve",
     "save_plan",
     "search",

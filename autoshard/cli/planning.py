@@ -43,6 +43,15 @@ def search(
     unrolled: Annotated[
         bool, typer.Option("--unrolled", help=options.UnrolledHelp)
     ] = False,
+    replicate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--replicate",
+            metavar="NAME",
+            help="A primitive without a factor rule that every chip may compute whole; "
+            "can be repeated.",
+        ),
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option("--top", metavar="K", min=1, help="List the K best plans."),
@@ -79,6 +88,7 @@ def search(
         cluster=cluster,
         strategy=strategy,
         top=top or 1,
+        replicate=replicate or (),
         model_ref=resolved.ref,
         log=say,
     )
@@ -100,7 +110,12 @@ def explain(
     plan: options.PlanFile,
     tensor: Annotated[
         str | None,
-        typer.Option("--tensor", metavar="PATH", help="Show one tensor in depth."),
+        typer.Option(
+            "--tensor",
+            metavar="PATH|FILE:LINE",
+            help="Show one tensor in depth, or what a source line makes, and where its "
+            "axes came from, op by op.",
+        ),
     ] = None,
     html: Annotated[
         str | None,

@@ -117,8 +117,9 @@ class Meshes:
         """Seconds of one run of a collective, per candidate.
 
         Args:
-            kind: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all`; `slice`
-                moves nothing.
+            kind: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all`,
+                `permute` (each device sends its buffer to one other); `slice` moves
+                nothing.
             axes: Mesh axes it runs over; of size one they cost nothing.
             bytes_: Bytes of the large buffer on one device.
         """
@@ -127,7 +128,10 @@ class Meshes:
         total = self.product(axes)
         rate, latency, inside = self.link(axes)
         volume = bytes_ * (total - 1) / total
-        if kind == "all_reduce":
+        if kind == "permute":
+            # One hop; the ring's latency counts all of them.
+            time = bytes_ / rate + latency / np.maximum(total - 1, 1)
+        elif kind == "all_reduce":
             time = 2 * (volume / rate + latency)
         elif kind == "all_to_all" and self.cluster.kind == "gpu":
             net = self.cluster.links[-1].bytes_per_s.value * LINK_EFFICIENCY

@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 
 from autoshard.cost.collectives import Meshes
-from autoshard.cost.price import MEMORY_HEADROOM, Pricer
+from autoshard.cost.price import MEMORY_HEADROOM, Pricer, product_dtype
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
 from autoshard.ir.program import Program
@@ -46,7 +46,7 @@ def matmul_dtype(program: Program, classes: DimClasses, work: Work) -> str:
     share: dict[str, float] = defaultdict(float)
     for op, rule in zip(program.ops, classes.rules, strict=True):
         if rule.op_kind == "matmul":
-            dtype = str(program.values[op.inputs[0]].dtype)
+            dtype = product_dtype(program, op)
             share[dtype] += work.runs[op.index] * work.flops[op.index]
     return max(share, key=lambda d: share[d]) if share else "float32"
 
@@ -125,6 +125,23 @@ def _collectives(pricer: Pricer, meshes: Meshes) -> list[Collective]:
                     source=op.source if op else "end of the step",
                     address=op.address if op else "output",
                     value=value or "",
+                )
+            )
+    for exchange in pricer.sharded.exchanges:
+        op = program.ops[exchange.op]
+        time, size, runs = pricer.exchange(exchange, meshes, np.ones(1))
+        axes = tuple(a for a in exchange.axes if meshes.product(frozenset([a]))[0] > 1)
+        if axes:
+            found.append(
+                Collective(
+                    kind=exchange.kind,
+                    axes=axes,
+                    bytes_=round(float(size[0])),
+                    count=round(float(runs[0])),
+                    time_s=float(time[0]),
+                    source=op.source,
+                    address=op.address,
+                    value=f"{op.primitive} {exchange.slot}",
                 )
             )
     return sorted(found, key=lambda c: (-c.time_s, c.address, c.kind))

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
+from autoshard.ir.program import Op, Program
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
+from autoshard.plan.sharded import OUTPUT, Dims, Exchange, Reshard, ShardedProgram
 
 MATMUL_EFFICIENCY = 0.75
 """Share of peak that large matrix products reach on average; the best single shapes
@@ -60,6 +62,8 @@ def steps_of(reshard: Reshard) -> list[Step]:
     now = frozenset(source)
     scatter = tuple(a for a in AXES if a in reshard.unreduced and a in target)
     reduce = tuple(a for a in AXES if a in reshard.unreduced and a not in target)
+    if reshard.at_once and reduce:
+        scatter, reduce = (), tuple(a for a in AXES if a in reshard.unreduced)
     if scatter:
         steps.append(Step("reduce_scatter", scatter, now))
         now |= set(scatter)
@@ -78,6 +82,15 @@ def steps_of(reshard: Reshard) -> list[Step]:
     if gathered:
         steps.append(Step("all_gather", gathered, now - set(gathered)))
     return steps
+
+
+def product_dtype(program: Program, op: Op) -> str:
+    """The dtype in which a matrix product is done.
+
+    Integers have no published peak of their own; they are priced as float32.
+    """
+    dtype = jnp.result_type(*(program.values[v].dtype for v in op.inputs if v >= 0))
+    return str(dtype) if jnp.issubdtype(dtype, jnp.inexact) else "float32"
 
 
 def axes_of(dims: Dims) -> frozenset[str]:
@@ -120,6 +133,7 @@ class Pricer:
         self.work = work
         self.program = sharded.traced.program
         self.moves = unique_moves(sharded)
+        self._padded = self._find_padded()
 
     def price(
         self,
@@ -146,15 +160,33 @@ class Pricer:
         for index in range(len(self.moves)):
             for _, time, _, _ in self.collective(index, meshes, microbatches):
                 collective += time
+        for exchange in self.sharded.exchanges:
+            collective += self.exchange(exchange, meshes, microbatches)[0]
         peak, _ = self.memory(meshes, microbatches)
         return Prices(matmul, other, collective, peak)
 
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
     ) -> Vector:
-        """Bytes of a value on one device, in one microbatch."""
+        """Bytes of a value on one device, in one microbatch, padding included."""
         whole = self.program.values[value].bytes_ / meshes.product(axes)
+        for size, dim in self._padded.get(value, ()):
+            if axes.issuperset(dim):
+                ways = meshes.product(frozenset(dim))
+                whole = whole * (np.ceil(size / ways) * ways / size)
         return whole / cuts if self.work.batched[value] else whole
+
+    def _find_padded(self) -> dict[int, list[tuple[int, tuple[str, ...]]]]:
+        """Dims per value that some mesh does not divide: those of no power of two."""
+        loose = {(n, axes) for n, axes in self.sharded.padded if n & (n - 1)}
+        found: dict[int, list[tuple[int, tuple[str, ...]]]] = {}
+        if not loose:
+            return found
+        for value, spec in zip(self.program.values, self.sharded.specs, strict=True):
+            pads = [p for p in zip(value.shape, spec, strict=True) if p in loose]
+            if pads:
+                found[value.index] = pads
+        return found
 
     # -- time --------------------------------------------------------------------
 
@@ -168,7 +200,7 @@ class Pricer:
             self.sharded.factor_axes,
             strict=True,
         ):
-            if rule.op_kind in ("link", "data"):
+            if rule.op_kind in ("link", "data", "collective"):
                 continue
             repeats = work.runs[op.index] * (1.0 if work.update[op.index] else cuts)
             moved = self._op_bytes(op, rule, axes, meshes, cuts)
@@ -178,7 +210,7 @@ class Pricer:
                 flops = work.flops[op.index] / split
                 if work.batched_op[op.index]:
                     flops = flops / cuts
-                dtype = str(self.program.values[op.inputs[0]].dtype)
+                dtype = product_dtype(self.program, op)
                 peak = cluster.peak_flops_per_s(dtype) * MATMUL_EFFICIENCY
                 matmul += repeats * np.maximum(flops / peak, traffic)
             else:
@@ -237,6 +269,21 @@ class Pricer:
             time = runs * meshes.time_s(step.kind, axes, size)
             found.append((step, time, size, runs))
         return found
+
+    def exchange(
+        self, exchange: Exchange, meshes: Meshes, cuts: Vector
+    ) -> tuple[Vector, Vector, Vector]:
+        """`(seconds per step of training, bytes of one run, runs)` of an exchange."""
+        op = self.program.ops[exchange.op]
+        runs = np.ones(len(meshes)) * self.work.runs[op.index]
+        if not self.work.update[op.index]:
+            runs = runs * cuts
+        size = self.local_bytes(exchange.value, exchange.held, meshes, cuts)
+        axes = frozenset(exchange.axes)
+        if exchange.rows:
+            local_rows = np.ceil(exchange.dim_size / meshes.product(axes))
+            size = size * exchange.rows / local_rows
+        return runs * meshes.time_s(exchange.kind, axes, size), size, runs
 
     # -- memory ------------------------------------------------------------------
 
@@ -320,13 +367,25 @@ class Pricer:
 
 
 def _key(sharded: ShardedProgram, reshard: Reshard) -> tuple[Any, ...]:
-    ops = sharded.traced.program.ops
-    region = ops[reshard.op].region if reshard.op != OUTPUT else 0
-    return (reshard.value, reshard.source, reshard.unreduced, reshard.target, region)
+    op = sharded.traced.program.ops[reshard.op] if reshard.op != OUTPUT else None
+    region = op.region if op else 0
+    # Rematerialisation keeps what the backward pass gathers apart from the forward's.
+    again = sharded.rematted and op is not None and "transpose(" in op.scope
+    return (
+        reshard.value,
+        reshard.source,
+        reshard.unreduced,
+        reshard.target,
+        region,
+        again,
+    )
 
 
 def unique_moves(sharded: ShardedProgram) -> Sequence[Reshard]:
-    """Reshards with each value moved once per loop body, however many ops need it."""
+    """Reshards with each value moved once per loop body, however many ops need it.
+
+    Where parts are rematerialised, once more in the backward pass.
+    """
     found: dict[tuple[Any, ...], Reshard] = {}
     for reshard in sharded.reshards:
         found.setdefault(_key(sharded, reshard), reshard)

@@ -7,7 +7,6 @@ cross from one copy to the next: between layers that is the residual stream.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,9 @@ from autoshard.ir import _jaxcompat
 from autoshard.ir.errors import InputError
 
 _jaxcompat.hide_from_source_lines(__file__)
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+"""Mixes codes into hashes; any odd number with many bits would do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,67 @@ def _signature(eqn: Any) -> str:
     return f"{eqn.primitive.name}|{avals}|{params}"
 
 
+def likely_periods(codes: np.ndarray, *, per_window: int = 32) -> list[int]:
+    """Distances at which a sequence often equals itself.
+
+    Equal elements may stand many times in one copy, so single elements say little in a
+    long sequence; windows of a few are rarer, and the nearest equal ones lie a period
+    apart.
+
+    Args:
+        codes: int64[n]; a negative one is equal to no other.
+        per_window: How many distances to keep for each width of window.
+
+    Returns:
+        Distances, at most `n // 2`, without order.
+
+    >>> likely_periods(np.array([0, 1, 2, 0, 1, 2]))
+    [3]
+    """
+    found: set[int] = set()
+    width = 1
+    windows = codes.astype(np.uint64)
+    alone = codes < 0
+    while width <= 64 and len(windows) > 1:
+        order = np.flatnonzero(~alone)
+        order = order[np.argsort(windows[order], kind="stable")]
+        ranked = windows[order]
+        near = np.zeros(len(codes) // 2 + 1, dtype=np.int64)
+        for lag in range(1, min(8, len(order) - 1) + 1):
+            apart = (order[lag:] - order[:-lag])[ranked[lag:] == ranked[:-lag]]
+            apart = apart[apart < len(near)]
+            near += np.bincount(apart, minlength=len(near))
+        most = np.argsort(-near, kind="stable")[:per_window]
+        found.update(most[near[most] > 0].tolist())
+        for _ in range(3):  # eight times as wide
+            if width < len(windows):
+                windows = windows[:-width] * _ODD + windows[width:] + np.uint64(1)
+                alone = alone[:-width] | alone[width:]
+            width *= 2
+    return sorted(found)
+
+
+def equal_runs(codes: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where a sequence repeats itself at a distance, two copies or more.
+
+    Args:
+        codes: int64[n]; a negative one is equal to no other.
+        period: The distance.
+
+    Returns:
+        `(begin, end)` of each stretch, partial copies at either end included.
+
+    >>> begin, end = equal_runs(np.array([9, 0, 1, 0, 1, 0, 8]), 2)
+    >>> begin.tolist(), end.tolist()
+    ([1], [6])
+    """
+    same = (codes[:-period] == codes[period:]) & (codes[:-period] >= 0)
+    edges = np.flatnonzero(np.diff(same.astype(np.int8), prepend=0, append=0))
+    begin, end = edges[::2], edges[1::2]
+    enough = end - begin >= period
+    return begin[enough], end[enough] + period
+
+
 def find_repeat(signatures: Sequence[object], crossing: Sequence[int]) -> Repeat | None:
     """Finds the block that repeats back to back and covers the most equations.
 
@@ -78,22 +141,12 @@ def find_repeat(signatures: Sequence[object], crossing: Sequence[int]) -> Repeat
     Repeat(start=2, period=3, count=2)
     """
     ids: dict[object, int] = {}
-    codes = np.array([ids.setdefault(s, len(ids)) for s in signatures])
-    # A block may hold several copies of each of its equations, so the nearest equal one
-    # need not be a period away.
-    recent: dict[int, deque[int]] = defaultdict(lambda: deque(maxlen=8))
-    distances: Counter[int] = Counter()
-    for i, code in enumerate(codes.tolist()):
-        distances.update(i - before for before in recent[code])
-        recent[code].append(i)
+    codes = np.array([ids.setdefault(s, len(ids)) for s in signatures], dtype=np.int64)
     best: tuple[tuple[int, int], Repeat] | None = None
-    for period, _ in distances.most_common(32):
-        same = np.concatenate([[False], codes[:-period] == codes[period:], [False]])
-        edges = np.flatnonzero(np.diff(same.astype(np.int8)))
-        for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            run = end - begin
-            if run < period:
-                continue
+    for period in likely_periods(codes):
+        for begin, end in zip(*equal_runs(codes, period), strict=True):
+            begin, end = int(begin), int(end)
+            run = end - period - begin
             # Judged before the cut, which may cost a copy: else a block of two layers
             # could win over one layer.
             covered = ((run // period + 1) * period, -period)
@@ -103,7 +156,8 @@ def find_repeat(signatures: Sequence[object], crossing: Sequence[int]) -> Repeat
                 range(begin, begin + min(period, run - period + 1)),
                 key=lambda at: (crossing[at], at),
             )
-            best = (covered, Repeat(cut, period, (end - cut) // period + 1))
+            count = (end - period - cut) // period + 1
+            best = (covered, Repeat(cut, period, count))
     return best[1] if best else None
 
 

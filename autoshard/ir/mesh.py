@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from jax.sharding import PartitionSpec
 
@@ -11,6 +14,25 @@ from autoshard.ir.errors import NameUnknownError
 AXES: tuple[str, ...] = ("stage", "data", "fsdp", "expert", "context", "tensor")
 """Canonical mesh axes, the one on the slowest network first."""
 
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "batch": "data",
+        "cp": "context",
+        "dp": "data",
+        "ep": "expert",
+        "model": "tensor",
+        "mp": "tensor",
+        "pipe": "stage",
+        "pp": "stage",
+        "replica": "data",
+        "seq": "context",
+        "sequence": "context",
+        "sp": "context",
+        "tp": "tensor",
+    }
+)
+"""What other code calls the canonical axes."""
+
 
 def check_axis(axis: str, where: str) -> None:
     """Raises `NameUnknownError` when `axis` is not a canonical mesh axis."""
@@ -18,6 +40,41 @@ def check_axis(axis: str, where: str) -> None:
         raise NameUnknownError(
             f"{where}: unknown mesh axis {axis!r}; the mesh axes are {', '.join(AXES)}."
         )
+
+
+def canonical_axis(axis: str, aliases: Mapping[str, str], where: str) -> str:
+    """The canonical mesh axis a user's name stands for.
+
+    Args:
+        axis: The name the user wrote.
+        aliases: The strategy's own names, which go before `ALIASES`.
+        where: What to name in the error.
+
+    Returns:
+        One of `AXES`.
+
+    Raises:
+        NameUnknownError: Neither an axis nor an alias, or an alias of no axis.
+
+    >>> canonical_axis("tp", {}, "params/w"), canonical_axis("x", {"x": "data"}, "w")
+    ('tensor', 'data')
+    """
+    if axis in aliases:
+        target = aliases[axis]
+        check_axis(target, f"{where}: mesh axis {axis!r} stands for {target!r}")
+        return target
+    if axis in AXES:
+        return axis
+    if axis in ALIASES:
+        return ALIASES[axis]
+    known = sorted({*AXES, *ALIASES, *aliases})
+    close = difflib.get_close_matches(axis, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise NameUnknownError(
+        f"{where}: unknown mesh axis {axis!r}; the mesh axes are {', '.join(AXES)}, "
+        f"and {', '.join(sorted(ALIASES))} are known to stand for one of them.{hint} "
+        f'Say what it is in the strategy: [aliases] {axis} = "data".'
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from autoshard.ir.annotate import mark
+from autoshard.ir.annotations.building import Built, build, dropped
 from autoshard.ir.blocks import checkpoint_blocks
 from autoshard.ir.errors import InputError
 
@@ -76,10 +77,9 @@ class TrainStep:
     # -- model -------------------------------------------------------------------
 
     def _build(self, key: Any) -> Any:
-        if not self._is_nnx:
-            return self.model(key)
-        with nnx.use_eager_sharding(False):
-            return self.model(nnx.Rngs(key))
+        return build(lambda: self.model(nnx.Rngs(key) if self._is_nnx else key), None)[
+            0
+        ]
 
     @cached_property
     def _is_nnx(self) -> bool:
@@ -91,35 +91,46 @@ class TrainStep:
         if isinstance(self.model, type) and issubclass(self.model, nnx.Module):
             return True
         try:
-            with nnx.use_eager_sharding(False):
-                built = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))
+            built, _ = self._from_rngs
         except Exception as with_rngs:
             try:
-                jax.eval_shape(lambda: self.model(jax.random.key(0)))
+                _ = self._from_key
             except Exception:
                 raise with_rngs from None
             return False
         return isinstance(built, nnx.Module)
 
     @cached_property
+    def _from_key(self) -> tuple[Any, Built]:
+        return build(lambda: self.model(jax.random.key(0)), jax.eval_shape)
+
+    @cached_property
+    def _from_rngs(self) -> tuple[Any, Built]:
+        return build(lambda: self.model(nnx.Rngs(0)), nnx.eval_shape)
+
+    @cached_property
     def _abstract(self) -> tuple[Any, Any, Any]:
-        with nnx.use_eager_sharding(False):
-            module = nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))
-        graph, params, rest = nnx.split(module, nnx.Param, ...)
+        graph, params, rest = nnx.split(self._from_rngs[0], nnx.Param, ...)
         return graph, params, rest
 
     @cached_property
-    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Logical axis names by state path, as the model's annotations give them."""
+    def variables(self) -> dict[str, nnx.Variable[Any]]:
+        """The variables of an NNX model by state path; none for other models."""
         if not self._is_nnx:
             return {}
-        found = {}
-        for path, variable in nnx.to_flat_state(self._abstract[1]):
-            names = variable.get_metadata().get("out_sharding")
-            if names is not None:
-                key = "/".join(["params", *(str(part) for part in path)])
-                found[key] = tuple(names)
-        return found
+        return {
+            "/".join([head, *(str(part) for part in path)]): variable
+            for head, state in zip(("params", "rest"), self._abstract[1:], strict=True)
+            for path, variable in nnx.to_flat_state(state)
+        }
+
+    @cached_property
+    def remarks(self) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """Old spellings of the model's annotations, and annotations that it drops."""
+        if self._is_nnx:
+            return tuple(self._from_rngs[1].hints), ()
+        params, seen = self._from_key
+        return tuple(seen.hints), tuple(dropped(params, seen))
 
     def init(self, seed: int = 0) -> TrainState:
         """A fresh state; traceable, so it can be jitted with output shardings."""
@@ -138,7 +149,9 @@ class TrainStep:
 
     def abstract_state(self) -> TrainState:
         """The state as `jax.ShapeDtypeStruct`s; nothing is computed."""
-        return jax.eval_shape(lambda: self.init(0))
+        state = build(lambda: self.init(0), jax.eval_shape)[0]
+        # Under a mesh with Explicit axes shapes come with shardings nobody asked for.
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
     def _loss(self, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
         if not self._is_nnx:
@@ -163,19 +176,19 @@ class TrainStep:
             loss_fn = checkpoint_blocks(loss_fn)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-        def one(rest: Any, batch: Any) -> tuple[Any, Any, Any]:
-            (loss, rest), grads = grad_fn(state.params, rest, batch)
+        def one(params: Any, rest: Any, batch: Any) -> tuple[Any, Any, Any]:
+            (loss, rest), grads = grad_fn(params, rest, batch)
             return loss, _marked(grads), rest
 
         count = self.microbatches
         if count == 1:
-            loss, grads, rest = one(state.rest, batch)
-            return loss, grads, rest
+            return one(state.params, state.rest, batch)
         pieces = jax.tree_util.tree_map_with_path(partial(_cut, count=count), batch)
 
         def body(carry: Any, piece: Any) -> tuple[Any, None]:
             total, acc, rest = carry
-            loss, grads, rest = one(rest, piece)
+            params, piece = _in_step(state.params, piece)
+            loss, grads, rest = one(params, rest, piece)
             acc = _marked(jax.tree.map(jnp.add, acc, grads))
             return (total + loss, acc, rest), None
 
@@ -212,6 +225,24 @@ def _marked(grads: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, g: mark(g, "gradient", "params/" + path_string(path)), grads
     )
+
+
+def _in_step(params: Any, piece: Any) -> tuple[Any, Any]:
+    """Ties the parameters to a microbatch: what is gathered for it is not kept.
+
+    The compiler would move the gather of sharded parameters out of the loop, and with
+    it all of their memory into it.
+    """
+    leaves, tree = jax.tree.flatten(piece)
+    plain = [
+        k
+        for k, x in enumerate(leaves)
+        if not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    ]
+    params, tied = jax.lax.optimization_barrier((params, [leaves[k] for k in plain]))
+    for k, leaf in zip(plain, tied, strict=True):
+        leaves[k] = leaf
+    return params, jax.tree.unflatten(tree, leaves)
 
 
 def _cut(path: Any, x: Any, *, count: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,10 +12,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from autoshard.ir.errors import InputError, PlanMismatchError
 from autoshard.ir.interpret import evaluate
-from autoshard.ir.mesh import Spec
+from autoshard.ir.mesh import ALIASES, Spec
 from autoshard.ir.trace import Traced, abstract, trace
 from autoshard.ir.train_step import TrainState, TrainStep
 from autoshard.lower.check import check_fingerprint, check_tensors
+from autoshard.lower.special import pin_name, special_ops
 from autoshard.plan.schema import Plan
 
 
@@ -73,14 +75,21 @@ class _Lowered:
             )
 
         def place(address: str, slot: str, value: Any) -> Any:
-            for at in dict.fromkeys((slot.replace("out", "sum"), slot)):
-                sharding = pins.get((address, at))
-                if sharding is not None:
-                    value = jax.lax.with_sharding_constraint(value, sharding)
-            return value
+            sharding = pins.get((address, slot))
+            if sharding is None:
+                return value
+            with jax.named_scope(pin_name(address, slot)):
+                return jax.lax.with_sharding_constraint(value, sharding)
 
         def run(*args: Any) -> Any:
-            results = evaluate(traced.jaxpr, jax.tree.leaves(args), place)
+            results = evaluate(
+                traced.jaxpr,
+                jax.tree.leaves(args),
+                place,
+                mesh=mesh,
+                rename={**ALIASES, **plan.strategy.aliases},
+                foreign=special_ops(plan, mesh),
+            )
             return jax.tree.unflatten(traced.out_tree, results)
 
         inputs = [_sharding(mesh, _active(t.storage, plan)) for t in plan.tensors]
@@ -102,7 +111,7 @@ def _slots(traced: Traced) -> set[tuple[str, str]]:
     for op in traced.program.ops:
         found |= {(op.address, f"in{k}") for k in range(len(op.inputs))}
         for k in range(len(op.outputs)):
-            found |= {(op.address, f"out{k}"), (op.address, f"sum{k}")}
+            found |= {(op.address, f"{s}{k}") for s in ("out", "sum", "each")}
     return found
 
 
@@ -186,7 +195,7 @@ def _batch_of(plan: Plan) -> Any:
     for tensor in plan.tensors:
         if tensor.state != "data":
             continue
-        leaf = jax.ShapeDtypeStruct(tensor.shape, np.dtype(tensor.dtype))
+        leaf = jax.ShapeDtypeStruct(tensor.shape, _dtype_of(tensor.dtype))
         parts = tensor.path.split("/")[1:]
         if not parts:
             return leaf
@@ -195,6 +204,22 @@ def _batch_of(plan: Plan) -> Any:
             node = node.setdefault(part, {})
         node[parts[-1]] = leaf
     return tree
+
+
+def _dtype_of(name: str) -> Any:
+    """The element type a plan names; that of typed PRNG keys is JAX's own."""
+    if name.startswith("key<"):
+        for implementation in ("threefry2x32", "rbg", "unsafe_rbg"):
+            dtype = jax.eval_shape(
+                partial(jax.random.key, 0, impl=implementation)
+            ).dtype
+            if str(dtype) == name:
+                return dtype
+        raise PlanMismatchError(
+            f"the plan's batch holds PRNG keys of type {name!r}, which this JAX does "
+            "not know; search again with jax.random.key of a built-in implementation."
+        )
+    return np.dtype(name)
 
 
 def parallelize(

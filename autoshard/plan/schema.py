@@ -7,22 +7,29 @@ search filled in and what follows from it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    field_validator,
-    model_validator,
-)
+from jax.sharding import PartitionSpec
+from pydantic import Field, field_validator, model_validator
 
 from autoshard.ir.errors import NameUnknownError
-from autoshard.ir.mesh import AXES, Spec, check_axis
+from autoshard.ir.mesh import AXES, check_axis
 from autoshard.plan import views
+from autoshard.plan.base import PlanSpec, Record
+from autoshard.plan.predicted import Certificate as Certificate
+from autoshard.plan.predicted import Collective as Collective
+from autoshard.plan.predicted import Estimate as Estimate
+from autoshard.plan.predicted import MemoryTable as MemoryTable
+from autoshard.plan.records import (
+    Annotations,
+    BlockRecord,
+    ConflictRecord,
+    DelayedSum,
+    Replicated,
+    TrailStep,
+)
 
 SCHEMA_VERSION = 1
 """Raised whenever an older plan could be misread."""
@@ -33,25 +40,7 @@ Remat = Literal["none", "full"]
 STATES = ("params", "gradients", "optimizer")
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _spec_in(value: object) -> object:
-    if isinstance(value, list):
-        return Spec(tuple(tuple(dim) for dim in value))
-    return value
-
-
-PlanSpec = Annotated[
-    Spec,
-    BeforeValidator(_spec_in),
-    PlainSerializer(lambda s: [list(dim) for dim in s.dims]),
-]
-"""A spec in a plan: for each dim the list of mesh axes that shard it."""
-
-
-class Rule(_Model):
+class Rule(Record):
     """One logical axis and the mesh axes that shard it in compute.
 
     Attributes:
@@ -64,7 +53,7 @@ class Rule(_Model):
     axes: Axes | Auto
 
 
-class Storage(_Model):
+class Storage(Record):
     """Mesh axes that shard each kind of state in memory beyond its compute spec.
 
     ZeRO-1 is `optimizer`, ZeRO-2 adds `gradients`, ZeRO-3 (FSDP) adds `params`
@@ -76,7 +65,7 @@ class Storage(_Model):
     optimizer: Axes | Auto = ()
 
 
-class Schedule(_Model):
+class Schedule(Record):
     """How a step is cut in time.
 
     Attributes:
@@ -90,7 +79,7 @@ class Schedule(_Model):
     remat: Remat | Auto = "none"
 
 
-class Strategy(_Model):
+class Strategy(Record):
     """A policy: which axes exist, what they shard, and which fields search fills.
 
     Attributes:
@@ -101,6 +90,13 @@ class Strategy(_Model):
         rules: Logical axis to mesh axes, in order of priority.
         storage: See `Storage`.
         schedule: See `Schedule`.
+        specs: Regular expression over parameter paths to mesh axes per dim: the first
+            that matches fixes the parameter. An entry is an axis, a list of axes, `""`
+            for a dim that stays whole, `"*"` for one that is left open.
+        aliases: Canonical axis per name that the program gives a mesh axis, beyond
+            the well-known ones (`tp`, `dp`, ...).
+        replicate: Primitives without a factor rule that every device may compute
+            whole; each use is listed in the plan.
 
     >>> Strategy(name="dp", about="", mesh={"data": "auto"},
     ...          rules={"batch": ["data"]}).rules
@@ -114,6 +110,9 @@ class Strategy(_Model):
     rules: tuple[Rule, ...] = ()
     storage: Storage = Storage()
     schedule: Schedule = Schedule()
+    specs: dict[str, tuple[str | Axes, ...]] = Field(default_factory=dict)
+    aliases: dict[str, str] = Field(default_factory=dict)
+    replicate: tuple[str, ...] = ()
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -134,7 +133,38 @@ class Strategy(_Model):
                 raise NameUnknownError(f"[rules] {name!r} is given twice; keep one.")
         for state in STATES:
             self._check(getattr(self.storage, state), f"[storage] {state}")
+        for name, axis in self.aliases.items():
+            check_axis(axis, f"[aliases] {name}")
         return self
+
+    def with_wishes(
+        self,
+        specs: Mapping[str, Any],
+        aliases: Mapping[str, str],
+        replicate: Iterable[str],
+    ) -> Strategy:
+        """The same policy with path maps, names of axes and opt-ins added to it.
+
+        Args:
+            specs: As the field; a value may also be a `jax.sharding.PartitionSpec`.
+                They come before those of the policy.
+            aliases: As the field.
+            replicate: As the field.
+        """
+        if not (specs or aliases or (replicate := tuple(replicate))):
+            return self
+        added = {text: _entries(spec) for text, spec in specs.items()}
+        return Strategy.model_validate(
+            {
+                **self.model_dump(),
+                "specs": {
+                    **added,
+                    **{k: v for k, v in self.specs.items() if k not in added},
+                },
+                "aliases": {**self.aliases, **aliases},
+                "replicate": tuple(dict.fromkeys((*self.replicate, *replicate))),
+            }
+        )
 
     def _check(self, axes: Axes | Auto, where: str) -> None:
         if axes == "auto":
@@ -150,6 +180,20 @@ class Strategy(_Model):
             raise NameUnknownError(f"{where} = {list(axes)} names an axis twice.")
 
 
+def _entries(spec: Any) -> tuple[str | Axes, ...]:
+    """A `PartitionSpec` in the words of a strategy file."""
+    return tuple(
+        "*"
+        if entry is PartitionSpec.UNCONSTRAINED
+        else ""
+        if entry is None
+        else entry
+        if isinstance(entry, str)
+        else tuple(entry)
+        for entry in spec
+    )
+
+
 def _dotted(table: dict[str, object], prefix: str = "") -> dict[str, object]:
     """TOML reads `seq.residual = x` as a nested table; both spellings are one name."""
     flat: dict[str, object] = {}
@@ -161,7 +205,7 @@ def _dotted(table: dict[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-class ModelRef(_Model):
+class ModelRef(Record):
     """How the command line builds the program again.
 
     Attributes:
@@ -183,7 +227,7 @@ class ModelRef(_Model):
     scan_layers: bool = True
 
 
-class ProgramRef(_Model):
+class ProgramRef(Record):
     """The program a plan was made for.
 
     Attributes:
@@ -201,7 +245,7 @@ class ProgramRef(_Model):
     params: int
 
 
-class ClusterRef(_Model):
+class ClusterRef(Record):
     """The cluster a plan was made for."""
 
     name: str
@@ -209,7 +253,7 @@ class ClusterRef(_Model):
     num_chips: int
 
 
-class TensorPlan(_Model):
+class TensorPlan(Record):
     """One state tensor.
 
     Attributes:
@@ -231,13 +275,15 @@ class TensorPlan(_Model):
     compute: PlanSpec
 
 
-class Constraint(_Model):
+class Constraint(Record):
     """A value the lowering pins, because the plan has a collective there.
 
     Attributes:
         address: Address of the op, see `ir.walk`.
         slot: `in0`, `in1`, ... for an operand, `out0`, ... for a result; `sum0`, ...
-            for a result before the plan reshards it, its partial sums complete.
+            for a result before the plan reshards it, its partial sums complete;
+            `each0`, ... for a result as each device makes it, where the op runs under
+            `shard_map`.
         spec: Spec the value gets there.
     """
 
@@ -246,99 +292,14 @@ class Constraint(_Model):
     spec: PlanSpec
 
 
-class Collective(_Model):
-    """A planned collective.
-
-    Attributes:
-        kind: `all_gather`, `all_reduce`, `reduce_scatter`, `all_to_all` or `slice`.
-        axes: Mesh axes it runs over.
-        bytes_: Bytes of the larger of input and output on one device, one run.
-        count: Runs per step.
-        time_s: Predicted seconds per step, all runs.
-        source: The user's source line.
-        address: Address of the op that needs it.
-        value: What is communicated: a parameter's path, or the op's name.
-    """
-
-    kind: str
-    axes: Axes
-    bytes_: int
-    count: int
-    time_s: float
-    source: str
-    address: str
-    value: str
-
-
-class MemoryTable(_Model):
-    """Predicted bytes per device at the peak of the step, by what they hold."""
-
-    params: int
-    gradients: int
-    optimizer: int
-    activations: int
-    other: int
-    total: int
-    capacity: int
-
-
-class Estimate(_Model):
-    """What the cost model predicts for one step.
-
-    Attributes:
-        step_s: Seconds per step.
-        matmul_s: Of these, in matrix products.
-        memory_bound_s: In everything else a chip computes.
-        collective_s: In collectives; none are overlapped in this model.
-        model_flops: FLOPs of forward and backward, recomputation not counted.
-        mfu: `model_flops / (step_s * chips * peak)`.
-        tokens_per_s: Batch positions per second, when the batch holds token ids.
-        memory: Bytes at the peak.
-        collectives: Every planned collective.
-    """
-
-    step_s: float
-    matmul_s: float
-    memory_bound_s: float
-    collective_s: float
-    model_flops: float
-    mfu: float
-    tokens_per_s: float
-    memory: MemoryTable
-    collectives: tuple[Collective, ...]
-
-
-class Certificate(_Model):
-    """How good the plan is, within the space and the cost model that were used.
-
-    Candidates with accumulation are ranked by a price scaled from the program without
-    it; only the plan that is written is traced and priced with its accumulation.
-
-    Attributes:
-        lower_bound_s: No candidate of the space is predicted faster.
-        gap: `step_s / lower_bound_s - 1`.
-        enumerated: Candidates priced.
-        indivisible: Candidates left out because a dim does not divide.
-        infeasible: Candidates that do not fit in memory.
-        complete: Whether every candidate of the space was priced.
-    """
-
-    lower_bound_s: float
-    gap: float
-    enumerated: int
-    indivisible: int
-    infeasible: int
-    complete: bool
-
-
-class MeshAxis(_Model):
+class MeshAxis(Record):
     """One axis of the mesh and its size."""
 
     axis: str
     size: int
 
 
-class Plan(_Model):
+class Plan(Record):
     """Everything about how a program is spread over a cluster.
 
     `strategy` is the filled policy: the same document as a strategy file with every
@@ -356,7 +317,13 @@ class Plan(_Model):
         tensors: State and data tensors.
         outputs: Spec per flat result of the step.
         constraints: Values the lowering pins.
-        notes: What a reader should know: conflicts resolved, leaves not sharded.
+        notes: What a reader should know: leaves not sharded, dims padded.
+        annotations: How many annotations were found, and how many reached the jaxpr.
+        blocks: Repeated units, whose copies share every decision.
+        conflicts: Wishes that could not all be met, and which were.
+        delayed: Partial sums that are added before they are reduced.
+        replicated: Every use of the `replicate` opt-in.
+        trail: Where the axes of each value came from.
         predicted: See `Estimate`.
         certificate: See `Certificate`.
     """
@@ -371,6 +338,12 @@ class Plan(_Model):
     outputs: tuple[PlanSpec, ...]
     constraints: tuple[Constraint, ...]
     notes: tuple[str, ...]
+    annotations: Annotations = Annotations()
+    blocks: tuple[BlockRecord, ...] = ()
+    conflicts: tuple[ConflictRecord, ...] = ()
+    delayed: tuple[DelayedSum, ...] = ()
+    replicated: tuple[Replicated, ...] = ()
+    trail: tuple[TrailStep, ...] = ()
     predicted: Estimate
     certificate: Certificate
 

@@ -1,8 +1,10 @@
-"""Assigning axes: a spec for every value, the axes of every op, and the reshards.
+"""Assigning axes: a spec for every value, the axes of every op, and the moves.
 
-Ops are visited once, in order of execution. Each value's spec follows from the classes
-of its dims and the layout's rules, by priority; each op runs with the axes its factors
-have; where the two differ a reshard is recorded, and nowhere else is data moved.
+Ops are visited once, in order of execution. Each value's spec follows from what the
+user fixed and from the classes of its dims, by priority; each op runs with the axes its
+factors have; where the two differ a reshard is recorded, and nowhere else is data
+moved. Ops that look the same from where they stand (the copies of a layer) have the
+same outcome, which is worked out once.
 
 State has two specs (ZeRO). Its storage spec holds along chains of point-by-point ops
 (casts, optimizer arithmetic); the first op that needs more gathers it. Gradients take
@@ -13,23 +15,33 @@ than summed everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import gcd
 
 from autoshard.ir.program import LINK, Op
 from autoshard.ir.trace import Traced
 from autoshard.plan.sharded import (
-    LAYERS,
     OUTPUT,
-    RESIDUAL,
     DimClasses,
     Dims,
+    Exchange,
     Layout,
     Reshard,
     ShardedProgram,
 )
+from autoshard.propagate.divide import what_divides
+from autoshard.propagate.exchanges import between_neighbours, in_manual_region
 from autoshard.propagate.gradients import gradient_targets
-from autoshard.propagate.project import factors_from, natural_dims, runs_with
+from autoshard.propagate.project import (
+    factors_from,
+    natural_dims,
+    runs_with,
+    spec_of,
+)
+from autoshard.propagate.sums import Role, Sums, find_sums
+from autoshard.propagate.wants import Wants
 from autoshard.rules import FactorRule
+
+_INWARDS = ("slice", "carry_out", "branch_in")
+"""Links whose target takes the spec of its source."""
 
 
 def propagate(traced: Traced, classes: DimClasses, layout: Layout) -> ShardedProgram:
@@ -47,160 +59,74 @@ def propagate(traced: Traced, classes: DimClasses, layout: Layout) -> ShardedPro
     return _Propagation(traced, classes, layout).run()
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What visiting an op decides, in terms of its operands and results.
+
+    Attributes:
+        axes: Axes per factor.
+        specs: Spec per result.
+        stored: Results that are in their storage spec.
+        free: Results that are made of constants only.
+        reshards: `(slot number, is result, source, unreduced, target)`.
+        pins: Slots to pin.
+    """
+
+    axes: Dims
+    specs: tuple[Dims, ...]
+    stored: tuple[int, ...]
+    free: tuple[int, ...]
+    reshards: tuple[tuple[int, bool, Dims, tuple[str, ...], Dims], ...]
+    pins: tuple[str, ...]
+
+
 @dataclass
 class _Propagation:
     traced: Traced
     classes: DimClasses
     layout: Layout
-    notes: dict[str, None] = field(default_factory=dict)
+    specs: list[Dims | None] = field(default_factory=list)
+    free: set[int] = field(default_factory=set)
+    stored: dict[int, Dims] = field(default_factory=dict)
+    reshards: list[Reshard] = field(default_factory=list)
+    pins: list[tuple[int, str]] = field(default_factory=list)
+    factor_axes: list[Dims] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
+    outcomes: dict[object, _Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.program = self.traced.program
-        self.strong: dict[int, list[tuple[int, tuple[str, ...]]]] = {}
-        self.weak: dict[int, tuple[str, ...]] = {}
-        self._read_rules()
-        named = self.classes.names
-        self.activations = self._reached_by_data()
-        self.embed_like = {c for c, n in named.items() if "embed" in n}
-        self.layer_like = {c for c, n in named.items() if LAYERS in n}
-
-    def _read_rules(self) -> None:
-        for cls, names in self.classes.names.items():
-            for order, (logical, axes) in enumerate(self.layout.rules):
-                base = logical.removesuffix(RESIDUAL)
-                if base not in names or not axes:
-                    continue
-                if base != logical:
-                    self.weak[cls] = axes
-                else:
-                    self.strong.setdefault(cls, []).append((order, axes))
-            found = self.strong.get(cls, [])
-            if len({axes for _, axes in found}) > 1:
-                self.notes[
-                    f"dims named {' and '.join(names)} are tied by the program but "
-                    f"have different rules; the first, {'+'.join(found[0][1])}, holds"
-                ] = None
-            if found:
-                self.strong[cls] = found[:1]
-
-    def _reached_by_data(self) -> frozenset[int]:
-        found = {
-            value
-            for value, info in zip(self.program.inputs, self.traced.inputs, strict=True)
-            if info.state == "data"
-        }
-        for op in self.program.ops:
-            if not found.isdisjoint(op.inputs):
-                found.update(op.outputs)
-        return frozenset(found)
-
-    # -- specs of values ---------------------------------------------------------
-
-    def strong_dims(self, value: int) -> list[tuple[str, ...]]:
-        """Axes per dim by the rules alone; an axis goes to the first that wants it."""
-        shape = self.program.values[value].shape
-        wants = []
-        for d, cls in enumerate(self.classes.of_value[value]):
-            if shape[d] > 1:
-                wants += [(order, d, axes) for order, axes in self.strong.get(cls, ())]
-        dims: list[tuple[str, ...]] = [()] * len(shape)
-        used: set[str] = set()
-        for _, d, axes in sorted(wants):
-            if not used & set(axes):
-                dims[d] = axes
-                used |= set(axes)
-        return dims
-
-    def value_dims(self, value: int, natural: Dims | None) -> Dims:
-        """The spec of a value that is no state.
-
-        The residual rule holds for activations (values computed from the data) in
-        which nothing else takes its axes: always if they have the embed dim, else
-        only if the op that makes them makes them so.
-        """
-        dims = self.strong_dims(value)
-        classes = self.classes.of_value[value]
-        if value in self.activations:
-            residual = any(c in self.embed_like for c in classes)
-            for d, cls in enumerate(classes):
-                axes = self.weak.get(cls)
-                if axes is None or dims[d] or self.program.values[value].shape[d] == 1:
-                    continue
-                if any(set(axes) & set(taken) for taken in dims):
-                    continue
-                if residual or (natural is not None and natural[d] == axes):
-                    dims[d] = axes
-        return tuple(dims)
-
-    def _is_residual(self, value: int) -> bool:
-        """Whether some dim is sharded by a residual rule alone."""
-        spec = self.specs[value]
-        assert spec is not None
-        return any(
-            axes and self.weak.get(cls) == axes
-            for axes, cls in zip(spec, self.classes.of_value[value], strict=True)
-        )
-
-    def storage_dims(
-        self, value: int, base: Dims, axes: tuple[str, ...], path: str
-    ) -> Dims:
-        """Adds storage axes to the dim that shards best, never to a loop's own dim."""
-        taken = {a for dim in base for a in dim}
-        axes = tuple(
-            a for a in axes if a not in taken and self.layout.sizes.get(a, 2) > 1
-        )
-        shape = self.program.values[value].shape
-        if not axes or not shape:
-            return base
-        order = sorted(
-            (d for d in range(len(shape)) if shape[d] > 1),
-            key=lambda d: (
-                self.classes.of_value[value][d] in self.layer_like,
-                bool(base[d]),
-                -gcd(shape[d], 1 << 12),
-                -shape[d],
-                d,
-            ),
-        )
-        order = [
-            d for d in order if self.classes.of_value[value][d] not in self.layer_like
-        ]
-        for d in order:
-            if shape[d] % self.layout.size((*base[d], *axes)) == 0:
-                return tuple(
-                    (*dim, *axes) if d == k else dim for k, dim in enumerate(base)
-                )
-        if self.layout.sizes:
-            self.notes[
-                f"{path} {shape} is not sharded over {'+'.join(axes)} in memory: no "
-                f"dim is divisible by {self.layout.size(axes)}"
-            ] = None
-        return base
+        self.wants = Wants(self.traced, self.classes, self.layout)
+        self.specs = [None] * len(self.program.values)
+        self.sums: Sums = find_sums(self.program, self.classes, self.wants)
 
     # -- the pass ----------------------------------------------------------------
 
     def run(self) -> ShardedProgram:
-        program = self.program
-        self.specs: list[Dims | None] = [None] * len(program.values)
-        self.free: set[int] = set()
-        self.stored: dict[int, Dims] = {}
-        self.reshards: list[Reshard] = []
-        self.pins: list[tuple[int, str]] = []
-        self.factor_axes: list[Dims] = []
+        program, rules = self.program, self.classes.rules
         compute = self._place_inputs()
         self.targets = gradient_targets(
             program,
-            self.classes.rules,
+            rules,
             self.stored,
             gradient_dims=self._gradient_dims,
-            plain_dims=self.value_dims,
+            plain_dims=self.wants.value_dims,
         )
-        for op, rule in zip(program.ops, self.classes.rules, strict=True):
-            self._visit(op, rule)
+        for op in program.ops:
+            self._visit(op, rules[op.index])
         for v in range(len(program.values)):
             if self.specs[v] is None:  # constants bound to the jaxpr
-                self.specs[v] = self.value_dims(v, None)
+                self.specs[v] = self.wants.value_dims(v, None)
         self._finish_outputs()
+        divides, padded = what_divides(
+            program,
+            self.classes,
+            compute=compute,
+            specs=self.specs,
+            factor_axes=self.factor_axes,
+            stored=self.stored,
+            delayed=self.sums.delayed,
+        )
         return ShardedProgram(
             traced=self.traced,
             classes=self.classes,
@@ -211,18 +137,23 @@ class _Propagation:
             free=frozenset(self.free),
             stored=frozenset(self.stored),
             pins=tuple(self.pins),
-            divides=self._divides(),
+            divides=divides,
+            padded=padded,
             compute=compute,
-            notes=tuple(self.notes),
+            notes=tuple(self.wants.notes),
+            exchanges=tuple(self.exchanges),
+            delayed=self.sums.delayed,
+            conflicts=tuple(self.wants.conflicts),
+            rematted=any("rematted_computation" in op.scope for op in program.ops),
         )
 
     def _place_inputs(self) -> tuple[Dims, ...]:
         axes_of = {"params": self.layout.params, "optimizer": self.layout.optimizer}
         compute = []
         for value, info in zip(self.program.inputs, self.traced.inputs, strict=True):
-            dims = self.value_dims(value, None)
+            dims = self.wants.value_dims(value, None)
             compute.append(dims)
-            stored = self.storage_dims(
+            stored = self.wants.stored_dims(
                 value, dims, axes_of.get(info.state, ()), info.path
             )
             self.specs[value] = stored
@@ -230,21 +161,122 @@ class _Propagation:
                 self.stored[value] = stored
         return tuple(compute)
 
+    def _gradient_dims(self, op: Op) -> Dims:
+        value, path = op.outputs[0], op.params["path"]
+        base = self.wants.value_dims(value, None)
+        given = self._placed.get(path) if self.layout.gradients else None
+        if given is not None:
+            return given
+        return self.wants.stored_dims(
+            value, base, self.layout.gradients, f"gradient of {path}"
+        )
+
+    @property
+    def _placed(self) -> dict[str, Dims]:
+        """Storage of the parameters that the user placed himself, by path."""
+        storage = self.classes.fixed.storage
+        if not storage:
+            return {}
+        pairs = zip(self.program.inputs, self.traced.inputs, strict=True)
+        return {i.path: storage[v] for v, i in pairs if any(storage.get(v, ()))}
+
+    # -- one op ------------------------------------------------------------------
+
     def _visit(self, op: Op, rule: FactorRule) -> None:
-        gradient = op.primitive == "autoshard_annotate" and op.params["role"]
+        specs, stored, free = self.specs, self.stored, self.free
+        view = []
+        for v in op.inputs:
+            if v < 0:
+                view.append(None)
+                continue
+            spec = specs[v]
+            if spec is None:
+                spec = specs[v] = self.wants.value_dims(v, None)
+            view.append((spec, v in stored, v in free))
+        of_value, fixed = self.classes.of_value, self.classes.fixed
+        index = op.index
+        role = self.sums.role.get(index)
+        key = (
+            id(rule),
+            self.classes.of_factor[index],
+            tuple(view),
+            tuple(
+                (
+                    of_value[v],
+                    specs[v],
+                    v in stored,
+                    v in self.wants.activations,
+                    self.targets.get(v),
+                    fixed.dims.get(v),
+                    self.program.values[v].shape,
+                )
+                for v in op.outputs
+            ),
+            fixed.factors.get(index),
+            op.region in self.wants.manual,
+            role,
+            self._end_of(role) if role else None,
+            op.params.get("kind") if op.primitive == LINK else op.primitive,
+        )
+        one_off = (
+            op.params["path"]
+            if op.primitive == "autoshard_annotate" and op.params["role"]
+            else str(op.params["names"])
+            if op.params.get("kind") in ("manual_in", "manual_out")
+            else None
+        )
+        outcome = self.outcomes.get((key, one_off))
+        if outcome is None:
+            outcome = self._decide(op, rule)
+            self.outcomes[key, one_off] = outcome
+        self._apply(op, rule, outcome)
+
+    def _apply(self, op: Op, rule: FactorRule, outcome: _Outcome) -> None:
+        self.factor_axes.append(outcome.axes)
+        for value, spec in zip(op.outputs, outcome.specs, strict=True):
+            self.specs[value] = spec
+        for k in outcome.stored:
+            self.stored[op.outputs[k]] = outcome.specs[k]
+        for k in outcome.free:
+            self.free.add(op.outputs[k])
+        for k, is_result, source, unreduced, target in outcome.reshards:
+            value = op.outputs[k] if is_result else op.inputs[k]
+            slot = f"out{k}" if is_result else f"in{k}"
+            at_once = len(unreduced) > 1 and rule.op_kind in ("gather", "scatter")
+            self.reshards.append(
+                Reshard(op.index, slot, value, source, unreduced, target, at_once)
+            )
+        self.pins += [(op.index, slot) for slot in outcome.pins]
+        if rule.halos:
+            self.exchanges += between_neighbours(op, rule, outcome.axes)
+        elif rule.op_kind == "collective":
+            self.exchanges += in_manual_region(self.program, op, self.classes.aliases)
+
+    def _decide(self, op: Op, rule: FactorRule) -> _Outcome:
         operands = [v for v in op.inputs if v >= 0]
-        for v in operands:
-            if self.specs[v] is None:
-                self.specs[v] = self.value_dims(v, None)
         stored = [v for v in operands if v in self.stored]
         result_stored = False
-        if op.primitive == LINK:
+        kind = op.params["kind"] if op.primitive == LINK else None
+        needed: Dims | None = None
+        natural: list[Dims] | None = None
+        if kind in ("manual_in", "manual_out"):
+            axes: Dims = ((),) * len(rule.sizes)
+            names = self._manual_dims(op)
+            if kind == "manual_in":
+                needed = names
+            else:
+                natural = [names]
+        elif op.primitive == "optimization_barrier":
+            return self._barrier(op, rule)
+        elif op.index in self.sums.role:
+            axes = self.sums.role[op.index].factor_axes
+        elif op.primitive == LINK:
             axes = self._link_axes(op, rule)
             result_stored = op.inputs[0] in self.stored
-        elif gradient:
+        elif op.primitive == "autoshard_annotate" and op.params["role"]:
             result = self._gradient_dims(op)
             axes = factors_from(rule, rule.results[0], result)
-            result_stored = result != self.value_dims(op.outputs[0], None)
+            result_stored = result != self.wants.value_dims(op.outputs[0], None)
         elif stored and rule.op_kind in ("elementwise", "move", "reduce"):
             most = max(stored, key=lambda v: sum(len(d) for d in self.stored[v]))
             slot = op.inputs.index(most)
@@ -254,27 +286,59 @@ class _Propagation:
                 axes = self._op_axes(op, rule)
         else:
             axes = self._op_axes(op, rule)
-        self.factor_axes.append(axes)
-        self._results(op, rule, axes, result_stored)
-        self._operands(op, rule, axes)
-        if op.primitive == "autoshard_annotate" and op.outputs[0] not in self.free:
-            self.pins.append((op.index, "out0"))
-
-    def _gradient_dims(self, op: Op) -> Dims:
-        value = op.outputs[0]
-        return self.storage_dims(
-            value,
-            self.value_dims(value, None),
-            self.layout.gradients,
-            f"gradient of {op.params['path']}",
+        if natural is None:
+            natural = natural_dims(rule, axes)
+        pins: list[str] = []
+        results = self._results(op, rule, axes, natural, result_stored, pins)
+        specs, kept, free, reshards = results
+        reshards += self._operands(op, rule, axes, needed, pins)
+        if (
+            op.primitive in ("autoshard_annotate", "sharding_constraint", "reshard")
+            and 0 not in free
+            and op.region not in self.wants.manual
+        ):
+            pins.append("out0")
+        return _Outcome(
+            axes, tuple(specs), tuple(kept), tuple(free), tuple(reshards), tuple(pins)
         )
+
+    def _barrier(self, op: Op, rule: FactorRule) -> _Outcome:
+        """Everything passes as it is, state in its storage spec."""
+        axes: list[tuple[str, ...]] = [()] * len(rule.sizes)
+        specs: list[Dims] = []
+        for value, dims in zip(op.inputs, rule.operands, strict=True):
+            spec = self.specs[value] if value >= 0 else None
+            specs.append(spec or ((),) * len(dims))
+            for dim, wanted in zip(dims, specs[-1], strict=True):
+                if dim:
+                    axes[dim[0]] = wanted
+        stored = tuple(k for k, v in enumerate(op.inputs) if v in self.stored)
+        free = tuple(k for k, v in enumerate(op.inputs) if v in self.free)
+        return _Outcome(tuple(axes), tuple(specs), stored, free, (), ())
+
+    def _end_of(self, role: Role) -> Dims:
+        """The spec in which a delayed sum is reduced."""
+        target = self.targets.get(role.end)
+        return target or self.wants.value_dims(role.end, role.natural)
+
+    def _manual_dims(self, op: Op) -> Dims:
+        """What a manual region takes or gives, in canonical axes."""
+        canonical = self.classes.canonical
+        where = f"shard_map at {op.source or op.address}"
+        return tuple(canonical(tuple(dim), where) for dim in op.params["names"])
+
+    def _op_axes(self, op: Op, rule: FactorRule) -> Dims:
+        operands = [
+            (self.specs[v] or (), v not in self.free) if v >= 0 else ((), False)
+            for v in op.inputs
+        ]
+        return self.wants.op_axes(op, rule, operands)
 
     def _link_axes(self, op: Op, rule: FactorRule) -> Dims:
         """A loop takes values as they come in, and as they must go on or go out."""
         source, target = op.inputs[0], op.outputs[0]
-        if op.params["kind"] in ("slice", "carry_out"):
-            return factors_from(rule, rule.operands[0], self.specs[source])
-        if op.params["kind"] == "carry_in" and source in self.stored:
+        kind = op.params["kind"]
+        if kind in _INWARDS or (kind == "carry_in" and source in self.stored):
             return factors_from(rule, rule.operands[0], self.specs[source])
         wanted = self.specs[target]
         if wanted is None:
@@ -284,52 +348,25 @@ class _Propagation:
             wanted = self.targets.get(target)
             if wanted is None:
                 stored = source in self.stored
-                wanted = natural if stored else self.value_dims(target, natural)
+                wanted = natural if stored else self.wants.value_dims(target, natural)
         return factors_from(rule, rule.results[0], wanted)
 
-    def _op_axes(self, op: Op, rule: FactorRule) -> Dims:
-        """Axes per factor by the rules; an axis goes to the first that wants it."""
-        axes: list[tuple[str, ...]] = [()] * len(rule.sizes)
-        classes = self.classes.of_factor[op.index]
-        wants = [
-            (order, f, want)
-            for f, cls in enumerate(classes)
-            if rule.kinds[f] != "blocked"
-            for order, want in self.strong.get(cls, ())
-        ]
-        used: set[str] = set()
-        for _, f, want in sorted(wants):
-            if not used & set(want):
-                axes[f] = want
-                used |= set(want)
-        for f, cls in enumerate(classes):
-            want = self.weak.get(cls)
-            if want is None or axes[f] or rule.kinds[f] == "blocked":
-                continue
-            if not used & set(want) and self._some_operand_has(op, rule, f, want):
-                axes[f] = want
-                used |= set(want)
-        return tuple(axes)
-
-    def _some_operand_has(
-        self, op: Op, rule: FactorRule, factor: int, axes: tuple[str, ...]
-    ) -> bool:
-        for value, dims in zip(op.inputs, rule.operands, strict=True):
-            if value < 0 or value in self.free:
-                continue
-            spec = self.specs[value]
-            assert spec is not None
-            for d, dim in enumerate(dims):
-                if dim and dim[0] == factor and spec[d] == axes:
-                    return True
-        return False
-
     def _results(
-        self, op: Op, rule: FactorRule, axes: Dims, result_stored: bool
-    ) -> None:
+        self,
+        op: Op,
+        rule: FactorRule,
+        axes: Dims,
+        natural: list[Dims],
+        result_stored: bool,
+        pins: list[str],
+    ) -> tuple[list[Dims], list[int], list[int], list]:
         unreduced = tuple(
             a for f, kind in enumerate(rule.kinds) if kind == "reduce" for a in axes[f]
         )
+        role = self.sums.role.get(op.index)
+        if role is not None:
+            # Partial sums stay so until the last op that adds them up.
+            unreduced = role.axes if role.last else ()
         scalars = all(
             v < 0 or v in self.free or not self.program.values[v].shape
             for v in op.inputs
@@ -338,51 +375,64 @@ class _Propagation:
             scalars
             and rule.op_kind in ("data", "elementwise", "move", "link")
             # What a loop carries is constant only before its first run.
-            and op.params.get("kind") not in ("carry_in", "carry", "carry_out")
+            and op.params.get("kind")
+            not in ("carry_in", "carry", "carry_out", "branch_out", "manual_out")
         )
-        for k, (value, natural) in enumerate(
-            zip(op.outputs, natural_dims(rule, axes), strict=True)
-        ):
-            if self.specs[value] is None:
-                if result_stored:
-                    self.specs[value] = natural
-                else:
-                    self.specs[value] = self.value_dims(value, natural)
-                if value in self.targets:
-                    self.specs[value] = self.stored[value] = self.targets[value]
-            if result_stored and self.specs[value] == natural:
-                self.stored[value] = natural
-            if makes_free and self.program.values[value].shape:
-                self.free.add(value)
-                continue
+        specs: list[Dims] = []
+        kept: list[int] = []
+        free: list[int] = []
+        reshards = []
+        for k, (value, made) in enumerate(zip(op.outputs, natural, strict=True)):
             spec = self.specs[value]
-            assert spec is not None
-            if unreduced or natural != spec:
-                self.reshards.append(
-                    Reshard(op.index, f"out{k}", value, natural, unreduced, spec)
-                )
+            in_storage = False
+            if spec is None:
+                if role is not None and not role.last:
+                    spec = made
+                else:
+                    spec = made if result_stored else self.wants.value_dims(value, made)
+                if value in self.targets and (role is None or role.last):
+                    spec = self.targets[value]
+                    in_storage = True
+            if in_storage or (result_stored and spec == made):
+                kept.append(k)
+            specs.append(spec)
+            if makes_free and self.program.values[value].shape:
+                free.append(k)
+            elif unreduced or made != spec:
+                reshards.append((k, True, made, unreduced, spec))
             elif op.primitive == LINK and (
-                value in self.stored or self._is_residual(value)
+                k in kept or value in self.stored or self.wants.is_residual(value, spec)
             ):
                 # Keeps the partitioner from gathering the whole stack up front, or
                 # from keeping the gathered form of what a layer saves.
-                self.pins.append((op.index, f"out{k}"))
+                pins.append(f"out{k}")
+        return specs, kept, free, reshards
 
-    def _operands(self, op: Op, rule: FactorRule, axes: Dims) -> None:
+    def _operands(
+        self,
+        op: Op,
+        rule: FactorRule,
+        axes: Dims,
+        given: Dims | None,
+        pins: list[str],
+    ) -> list[tuple[int, bool, Dims, tuple[str, ...], Dims]]:
+        reshards = []
+        role = self.sums.role.get(op.index)
         for k, (value, dims) in enumerate(zip(op.inputs, rule.operands, strict=True)):
-            if value < 0 or value in self.free or not dims:
+            if value < 0 or value in self.free or (given is None and not dims):
                 continue
-            needed = tuple(axes[dim[0]] if dim else () for dim in dims)
+            needed = spec_of(dims, axes) if given is None else given
+            if role is not None and role.whole == k:
+                needed = self._end_of(role)
             spec = self.specs[value]
             assert spec is not None
             if needed != spec:
-                self.reshards.append(
-                    Reshard(op.index, f"in{k}", value, spec, (), needed)
-                )
+                reshards.append((k, False, spec, (), needed))
             elif rule.op_kind == "scatter" and any(needed):
                 # Else the partitioner shards the updates as it shards the result,
                 # and moves them instead of the much smaller partial sums.
-                self.pins.append((op.index, f"in{k}"))
+                pins.append(f"in{k}")
+        return reshards
 
     # -- the end -----------------------------------------------------------------
 
@@ -400,18 +450,3 @@ class _Propagation:
                 self.reshards.append(
                     Reshard(OUTPUT, f"out{k}", value, spec, (), target)
                 )
-
-    def _divides(self) -> frozenset[tuple[int, tuple[str, ...]]]:
-        pairs: set[tuple[int, tuple[str, ...]]] = set()
-        for value, spec in zip(self.program.values, self.specs, strict=True):
-            assert spec is not None
-            if value.index in self.stored:
-                continue  # storage that does not divide is left out, with a note
-            pairs.update((n, d) for n, d in zip(value.shape, spec, strict=True) if d)
-        for op, rule, axes in zip(
-            self.program.ops, self.classes.rules, self.factor_axes, strict=True
-        ):
-            if any(v in self.stored for v in (*op.inputs, *op.outputs)):
-                continue
-            pairs.update((n, a) for n, a in zip(rule.sizes, axes, strict=True) if a)
-        return frozenset(pairs)

@@ -1,94 +1,230 @@
 """Dim classes: the sets of dims that want to be sharded alike.
 
-Dims that share a factor in any op fall into one class (union-find over the factor
-rules), in loops and across them. An annotation anywhere in a class names all of it.
-The result does not depend on the order in which ops are visited.
+Dims that share a factor in any op fall into one class (connected components over the
+factor rules), in loops and across them. An annotation anywhere in a class names all of
+it. The result does not depend on the order in which ops are visited.
 """
 
 from __future__ import annotations
 
-from autoshard.ir.program import Program
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from autoshard.ir.program import LINK, Program
+from autoshard.ir.ties import find_blocks
 from autoshard.ir.trace import Traced
+from autoshard.plan.ragged import Ragged
 from autoshard.plan.sharded import LAYERS, DimClasses
+from autoshard.propagate.fixed import fix
 from autoshard.propagate.roles import names_by_role
-from autoshard.rules import rule_of
+from autoshard.rules import FactorRule, rules_of
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+Hint = tuple[str, str] | None
+"""A name and where it comes from."""
 
 
-def find_classes(traced: Traced) -> DimClasses:
+def find_classes(
+    traced: Traced,
+    *,
+    replicate: Iterable[str] = (),
+    aliases: Mapping[str, str] | None = None,
+    hints: Mapping[str, Sequence[Hint]] | None = None,
+) -> DimClasses:
     """Finds and names the dim classes of a traced program.
+
+    Args:
+        traced: The program.
+        replicate: Primitives without a rule that may be computed whole everywhere.
+        aliases: Canonical axis per name the user gave a mesh axis, beyond the
+            well-known ones.
+        hints: Names found in another trace of the same step, per path and dim, for
+            classes that nothing names here: what a dim is does not change with the
+            number of microbatches, but the structure that tells may.
 
     Raises:
         RuleMissingError: An op's primitive has no factor rule.
+        NameUnknownError: A mesh axis of an annotation is unknown.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from autoshard.ir.trace import trace
+    >>> x, w = jax.ShapeDtypeStruct((8, 4), "float32"), jnp.ones((4, 2))
+    >>> classes = find_classes(trace(lambda w, x: x @ w, [w, x]))
+    >>> classes.rules[0].text
+    'i j, j k -> i k {i=8 j=4 k=2} reduce j'
     """
     program = traced.program
-    starts: list[int] = []
-    total = 0
-    for value in program.values:
-        starts.append(total)
-        total += len(value.shape)
-    parent = list(range(total))
+    opted = frozenset(replicate)
+    rules = rules_of(program, opted)
+    edges = DimGraph(program, rules)
+    labels = edges.components()
+    of_value = Ragged(labels, edges.starts)
+    of_factor = edges.factor_classes(labels)
+    names, origins, named_at = _names(traced, program, of_value)
+    for value, info in zip(program.inputs, traced.inputs, strict=True):
+        for cls, hint in zip(
+            of_value[value], (hints or {}).get(info.path, ()), strict=False
+        ):
+            if hint is not None and cls not in names:
+                names[cls] = (hint[0],)
+                origins[cls, hint[0]] = hint[1]
+    for cls, (name, origin) in names_by_role(
+        traced, rules, of_value, of_factor, names
+    ).items():
+        names[cls] = (name,)
+        origins[cls, name] = origin
+    return DimClasses(
+        rules=rules,
+        of_value=of_value,
+        of_factor=of_factor,
+        names=names,
+        blocks=find_blocks(program),
+        origins=origins,
+        named_at=tuple(named_at),
+        fixed=fix(traced, rules, aliases or {}),
+        replicated=tuple(
+            op.index
+            for op in (program.ops if opted else ())
+            if rules[op.index].op_kind == "replicated"
+        ),
+        aliases=dict(aliases or {}),
+    )
 
-    def find(x: int) -> int:
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        return x
 
-    rules = tuple(rule_of(program, op) for op in program.ops)
-    heads: list[list[int]] = []
-    for op, rule in zip(program.ops, rules, strict=True):
-        leads = [-1] * len(rule.sizes)
-        slots = (
-            *zip(op.inputs, rule.operands, strict=True),
-            *zip(op.outputs, rule.results, strict=True),
+class DimGraph:
+    """Which dims of a program are tied, and by which op.
+
+    Attributes:
+        starts: Node of the first dim of each value, and at the end their number.
+    """
+
+    def __init__(self, program: Program, rules: tuple[FactorRule, ...]) -> None:
+        self.program, self.rules = program, rules
+        ranks = np.fromiter(
+            (len(v.shape) for v in program.values), np.int64, len(program.values)
         )
-        for value, dims in slots:
-            if value < 0:
+        self.starts: Ints = np.concatenate([[0], np.cumsum(ranks)])
+        # Ops of one rule and with literals at the same places are handled as arrays.
+        grouped: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        for op in program.ops:
+            mask = 0
+            for k, v in enumerate(op.inputs):
+                if v < 0:
+                    mask |= 1 << k
+            grouped[id(rules[op.index]), mask, len(op.inputs)].append(op.index)
+        self._groups = list(grouped.values())
+
+    def _slots(
+        self, group: list[int]
+    ) -> tuple[FactorRule, Ints, list[list[tuple[int, int]]]]:
+        """The rule of a group, its values int[op, slot], and per factor the dims."""
+        ops = self.program.ops
+        rule = self.rules[group[0]]
+        values = np.array(
+            [(*ops[i].inputs, *ops[i].outputs) for i in group], dtype=np.int64
+        ).reshape(len(group), -1)
+        places: list[list[tuple[int, int]]] = [[] for _ in rule.sizes]
+        first = (*ops[group[0]].inputs, *ops[group[0]].outputs)
+        for slot, dims in enumerate((*rule.operands, *rule.results)):
+            if first[slot] < 0:
                 continue
             for d, dim in enumerate(dims):
-                if not dim:
-                    continue
-                here = starts[value] + d
-                factor = dim[0]
-                if leads[factor] < 0:
-                    leads[factor] = here
-                else:
-                    a, b = find(leads[factor]), find(here)
-                    parent[max(a, b)] = min(a, b)
-        heads.append(leads)
+                if dim:
+                    places[dim[0]].append((slot, d))
+        return rule, values, places
 
-    of_value = tuple(
-        tuple(find(start + d) for d in range(len(value.shape)))
-        for start, value in zip(starts, program.values, strict=True)
-    )
-    of_factor = tuple(
-        tuple(find(h) if h >= 0 else -1 for h in leads) for leads in heads
-    )
-    named = _names(traced, program, of_value)
-    named.update(names_by_role(traced, rules, of_value, of_factor, named))
-    return DimClasses(rules, of_value, of_factor, named)
+    def edges(self) -> tuple[Ints, Ints, Ints]:
+        """`(node, node, op)` for every pair of dims that an op ties."""
+        left, right, which = [], [], []
+        for group in self._groups:
+            _, values, places = self._slots(group)
+            ops = np.array(group, dtype=np.int64)
+            for dims in places:
+                if len(dims) < 2:
+                    continue
+                (slot, d), *others = dims
+                lead = self.starts[values[:, slot]] + d
+                for other, e in others:
+                    left.append(lead)
+                    right.append(self.starts[values[:, other]] + e)
+                    which.append(ops)
+        if not left:
+            none = np.zeros(0, np.int64)
+            return none, none, none
+        return np.concatenate(left), np.concatenate(right), np.concatenate(which)
+
+    def components(self) -> Ints:
+        """Class per dim: the smallest node it is tied with."""
+        left, right, _ = self.edges()
+        total = int(self.starts[-1])
+        graph = coo_array(
+            (np.ones(len(left), np.int8), (left, right)), shape=(total, total)
+        )
+        count, labels = connected_components(graph, directed=False)
+        smallest = np.full(count, total, dtype=np.int64)
+        np.minimum.at(smallest, labels, np.arange(total))
+        return smallest[labels]
+
+    def factor_classes(self, labels: Ints) -> Ragged:
+        """Class per factor per op."""
+        counts = np.fromiter(
+            (len(rule.sizes) for rule in self.rules), np.int64, len(self.rules)
+        )
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        flat = np.full(int(starts[-1]), -1, dtype=np.int64)
+        for group in self._groups:
+            _, values, places = self._slots(group)
+            begin = starts[np.array(group, dtype=np.int64)]
+            for f, dims in enumerate(places):
+                if dims:
+                    slot, d = dims[0]
+                    flat[begin + f] = labels[self.starts[values[:, slot]] + d]
+        return Ragged(flat, starts)
 
 
 def _names(
-    traced: Traced, program: Program, of_value: tuple[tuple[int, ...], ...]
-) -> dict[int, tuple[str, ...]]:
+    traced: Traced, program: Program, of_value: Ragged
+) -> tuple[
+    dict[int, tuple[str, ...]],
+    dict[tuple[int, str], str],
+    list[tuple[int, int, str, str]],
+]:
     names: dict[int, dict[str, None]] = {}
+    origins: dict[tuple[int, str], str] = {}
+    at: list[tuple[int, int, str, str]] = []
 
-    def give(value: int, given: tuple[str | None, ...]) -> None:
-        for cls, name, size in zip(
-            of_value[value], given, program.values[value].shape, strict=True
+    def give(value: int, given: tuple[str | None, ...], origin: str) -> None:
+        for d, (cls, name, size) in enumerate(
+            zip(of_value[value], given, program.values[value].shape, strict=True)
         ):
             if name is not None and size > 1:
                 names.setdefault(cls, {})[name] = None
+                origins.setdefault((cls, name), origin)
+                at.append((value, d, name, origin))
 
     for value, info in zip(program.inputs, traced.inputs, strict=True):
-        give(value, info.logical)
+        if any(info.logical):
+            role = "role of" if info.state == "data" else "annotation of"
+            give(value, info.logical, f"{role} {info.path}")
+    lead = []
     for op in program.ops:
         if op.primitive == "autoshard_annotate" and op.params["names"] is not None:
-            give(op.outputs[0], op.params["names"])
-    for op in program.ops:
-        if op.primitive == "link" and op.params["lead"]:
-            outer = op.inputs[0] if op.params["kind"] == "slice" else op.outputs[0]
-            if outer >= 0 and of_value[outer][0] not in names:
-                names[of_value[outer][0]] = {LAYERS: None}
-    return {cls: tuple(found) for cls, found in names.items()}
+            origin = f"annotate at {op.source or op.address}"
+            give(op.outputs[0], op.params["names"], origin)
+        elif op.primitive == LINK and op.params["lead"]:
+            lead.append(op)
+    for op in lead:
+        outer = op.inputs[0] if op.params["kind"] == "slice" else op.outputs[0]
+        cls = of_value[outer][0] if outer >= 0 else -1
+        if outer >= 0 and cls not in names:
+            names[cls] = {LAYERS: None}
+            origins[cls, LAYERS] = f"the loop at {op.source or op.address}"
+            at.append((outer, 0, LAYERS, origins[cls, LAYERS]))
+    # By alphabet, not by appearance: the order of ops says nothing.
+    return {cls: tuple(sorted(found)) for cls, found in names.items()}, origins, at

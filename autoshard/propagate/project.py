@@ -18,9 +18,14 @@ def factors_from(
     return tuple(axes)
 
 
+def spec_of(dims: tuple[tuple[int, ...], ...], axes: Dims) -> Dims:
+    """Spec of the value with these `dims` when the op runs with these axes."""
+    return tuple([axes[dim[0]] if dim else () for dim in dims])
+
+
 def natural_dims(rule: FactorRule, axes: Dims) -> list[Dims]:
     """Specs the results have when the op runs with these axes per factor."""
-    return [tuple(axes[dim[0]] if dim else () for dim in dims) for dims in rule.results]
+    return [spec_of(dims, axes) for dims in rule.results]
 
 
 def runs_with(rule: FactorRule, slot: int, spec: Dims) -> bool:

@@ -11,6 +11,7 @@ et al. 2019, arXiv:1909.08053, section 3).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -23,10 +24,10 @@ from autoshard.rules import FactorRule
 def names_by_role(
     traced: Traced,
     rules: tuple[FactorRule, ...],
-    of_value: tuple[tuple[int, ...], ...],
-    of_factor: tuple[tuple[int, ...], ...],
+    of_value: Sequence[tuple[int, ...]],
+    of_factor: Sequence[tuple[int, ...]],
     named: dict[int, tuple[str, ...]],
-) -> dict[int, tuple[str, ...]]:
+) -> dict[int, tuple[str, str]]:
     """Roles of the unnamed classes that parameters have.
 
     Args:
@@ -37,7 +38,7 @@ def names_by_role(
         named: Names that annotations and data inputs gave.
 
     Returns:
-        Name per class, only for classes that `named` does not hold.
+        Name and reason per class, only for classes that `named` does not hold.
     """
     program = traced.program
     leaves: Counter[int] = Counter()
@@ -50,29 +51,36 @@ def names_by_role(
     free = {c for c in leaves if c not in named}
     batch = {c for c, names in named.items() if "batch" in names}
     found: dict[int, str] = {}
-    hidden: set[int] = set()
+    where: dict[int, str] = {}
+    hidden: dict[int, str] = {}
     for op, rule, classes in zip(program.ops, rules, of_factor, strict=True):
         if rule.op_kind == "gather" and _by_token(program, op, of_value, batch):
             for d, dim in enumerate(rule.operands[0]):
                 cls = of_value[op.inputs[0]][d] if op.inputs[0] >= 0 else -1
-                if dim and cls in free:
+                if dim and cls in free and found.get(cls) != "vocab":
                     kind = rule.kinds[dim[0]]
-                    found.setdefault(cls, "vocab" if kind == "reduce" else "embed")
-        if rule.op_kind == "matmul" and batch & set(classes):
-            hidden |= free & set(classes)
+                    found[cls] = "vocab" if kind == "reduce" else "embed"
+                    where[cls] = f"role: looked up by token at {op.source}"
+        if rule.op_kind == "matmul" and not batch.isdisjoint(classes):
+            for cls in free.intersection(classes):
+                if cls not in hidden:
+                    hidden[cls] = f"role: width of the product at {op.source}"
     if "embed" not in found.values() and not any(
         "embed" in names for names in named.values()
     ):
         shared = [c for c in free if c not in found and leaves[c] > 1]
         if shared:
-            found[max(shared, key=lambda c: (leaves[c], -c))] = "embed"
+            widest = max(shared, key=lambda c: (leaves[c], -c))
+            found[widest] = "embed"
+            where[widest] = f"role: the width that {leaves[widest]} parameters share"
     data = {
         c
         for value, info in zip(program.inputs, traced.inputs, strict=True)
         if info.state == "data"
         for c in of_value[value]
     }
-    hidden -= data | set(found)
+    for cls in data | set(found):
+        hidden.pop(cls, None)
     stream = {c for c, names in named.items() if {"embed", LAYERS} & set(names)}
     for value, info in zip(program.inputs, traced.inputs, strict=True):
         if info.state == "params":
@@ -80,13 +88,14 @@ def names_by_role(
             # user named the first, none is left.
             inner = [c for c in of_value[value] if c in hidden]
             told = any(c in named and c not in stream for c in of_value[value])
-            hidden -= set(inner[0 if told else 1 :])
+            for cls in inner[0 if told else 1 :]:
+                hidden.pop(cls, None)
     found.update(dict.fromkeys(hidden, "mlp"))
-    return {cls: (name,) for cls, name in found.items()}
+    return {cls: (name, where.get(cls) or hidden[cls]) for cls, name in found.items()}
 
 
 def _by_token(
-    program: Program, op: Op, of_value: tuple[tuple[int, ...], ...], batch: set[int]
+    program: Program, op: Op, of_value: Sequence[tuple[int, ...]], batch: set[int]
 ) -> bool:
     """Whether a gather looks rows up by integers that come with the batch."""
     table, index = op.inputs[:2]

@@ -1,11 +1,25 @@
-"""Gathers, scatters and random bits."""
+"""Gathers and scatters."""
 
 from __future__ import annotations
 
-from autoshard.rules.core import Dim, FactorRule, Factors, RuleContext, register
+from jax.lax import GatherDimensionNumbers, ScatterDimensionNumbers
+
+from autoshard.rules.core import Dim, FactorRule, Factors, RuleContext
+from autoshard.rules.registry import Example, register
 
 
-@register("gather")
+@register(
+    "gather",
+    reads=["dimension_numbers", "slice_sizes"],
+    example=Example(
+        ((16, 4), (8, 1)),
+        ((8, 4),),
+        {
+            "dimension_numbers": GatherDimensionNumbers((1,), (0,), (0,)),
+            "slice_sizes": (1, 4),
+        },
+    ),
+)
 def _gather(ctx: RuleContext) -> FactorRule:
     """An indexed dim may be sharded: each device answers for the rows it holds.
 
@@ -33,11 +47,11 @@ def _gather(ctx: RuleContext) -> FactorRule:
             table[d] = factors.new(size)
             windows.append(table[d])
         else:
-            table[d] = factors.new(size, "blocked")
-            windows.append(factors.new(slices[d], "blocked"))
-    rows, window = iter(index[:-1]), iter(windows)
+            table[d], window = factors.kept(size, slices[d])
+            windows.append(window)
+    rows, window_dims = iter(index[:-1]), iter(windows)
     out = tuple(
-        next(window) if d in numbers.offset_dims else next(rows)
+        next(window_dims) if d in numbers.offset_dims else next(rows)
         for d in range(len(ctx.results[0]))
     )
     index[-1] = factors.new(indices[-1], "blocked")
@@ -45,13 +59,24 @@ def _gather(ctx: RuleContext) -> FactorRule:
 
 
 @register(
-    "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub"
+    "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul",
+    "scatter-sub", reads=["dimension_numbers"],
+    example=Example(
+        ((16, 4), (8, 1), (8, 4)),
+        ((16, 4),),
+        {"dimension_numbers": ScatterDimensionNumbers((1,), (0,), (0,))},
+    ),
 )  # fmt: skip
 def _scatter(ctx: RuleContext) -> FactorRule:
-    """The transpose of a gather: updates from sharded rows give partial sums."""
+    """The transpose of a gather: updates from sharded rows give partial results.
+
+    They are combined as the updates are: added, multiplied, or the largest taken. Only
+    a scatter that overwrites (or applies a function of the user's) has no such way, as
+    the last of several updates wins.
+    """
     numbers = ctx.params["dimension_numbers"]
     operand, indices, updates = ctx.operands
-    adds = ctx.primitive in ("scatter-add", "scatter-sub")
+    combines = ctx.primitive != "scatter"
     factors = Factors()
     index: list[Dim] = [
         factors.new(
@@ -59,7 +84,7 @@ def _scatter(ctx: RuleContext) -> FactorRule:
             "pass"
             if d in numbers.scatter_indices_batching_dims
             else "reduce"
-            if adds
+            if combines
             else "blocked",
         )
         for d, size in enumerate(indices[:-1])
@@ -84,23 +109,7 @@ def _scatter(ctx: RuleContext) -> FactorRule:
         if updates[u] == size:
             target[d] = update[u] = factors.new(size)
         else:
-            target[d] = factors.new(size, "blocked")
-            update[u] = factors.new(updates[u], "blocked")
+            target[d], update[u] = factors.kept(size, updates[u])
     rows = iter(index[:-1])
     dims = tuple(update[d] if d in update else next(rows) for d in range(len(updates)))
     return factors.rule([tuple(target), tuple(index), dims], [tuple(target)], "scatter")
-
-
-@register(
-    "random_bits", "random_clone", "random_fold_in", "random_seed", "random_split",
-    "random_unwrap", "random_wrap", "rng_bit_generator", "random_gamma",
-)  # fmt: skip
-def _random(ctx: RuleContext) -> FactorRule:
-    """Bits are a function of the key and the position: results shard, keys do not."""
-    factors = Factors()
-    operands = [factors.dims(shape, "blocked") for shape in ctx.operands]
-    free = ctx.primitive in ("random_bits", "random_gamma")
-    kind = "pass" if free else "blocked"
-    return factors.rule(
-        operands, [factors.dims(shape, kind) for shape in ctx.results], "move", 1.0
-    )

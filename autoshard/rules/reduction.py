@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
-from autoshard.rules.core import FactorKind, FactorRule, Factors, RuleContext, register
+from math import prod
+
+from autoshard.rules.core import FactorKind, FactorRule, Factors, RuleContext
+from autoshard.rules.registry import Example, register
 
 
 def _along(ctx: RuleContext, axes: tuple[int, ...], kind: FactorKind) -> FactorRule:
     factors = Factors()
+    arrays = [shape for shape in ctx.operands if shape]
     dims = tuple(
         factors.new(size, kind if d in axes else "pass")
-        for d, size in enumerate(ctx.operands[0])
+        for d, size in enumerate(arrays[0] if arrays else ())
     )
     kept = tuple(dim for d, dim in enumerate(dims) if d not in axes)
     return factors.rule(
-        [dims for _ in ctx.operands], [kept for _ in ctx.results], "reduce", 1.0
+        # The start values of a reduction with a function of the user's are scalars.
+        [dims if shape else () for shape in ctx.operands],
+        [kept for _ in ctx.results],
+        "reduce",
+        1.0,
     )
 
 
 @register(
     "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
-    "reduce_xor",
+    "reduce_xor", reads=["axes"], example=Example(((8, 4),), ((8,),), {"axes": (1,)}),
 )  # fmt: skip
 def _reduce(ctx: RuleContext) -> FactorRule:
     return _along(ctx, ctx.params["axes"], "reduce")
 
 
-@register("argmax", "argmin")
+@register(
+    "argmax",
+    "argmin",
+    reads=["axes"],
+    example=Example(((8, 4),), ((8,),), {"axes": (1,)}),
+)
 def _arg(ctx: RuleContext) -> FactorRule:
     return _along(ctx, ctx.params["axes"], "blocked")
 
 
-@register("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "sort")
-def _in_order(ctx: RuleContext) -> FactorRule:
-    axis = ctx.params["dimension" if ctx.primitive == "sort" else "axis"]
+@register(
+    "reduce",
+    reads=["dimensions"],
+    example=Example(((8, 4), ()), ((8,),), {"dimensions": (1,)}),
+)
+def _reduce_by_function(ctx: RuleContext) -> FactorRule:
+    """The user's own function combines: no partial results that can be summed up."""
+    return _along(ctx, ctx.params["dimensions"], "blocked")
+
+
+def _in_order(ctx: RuleContext, axis: int) -> FactorRule:
     factors = Factors()
     dims = tuple(
         factors.new(size, "blocked" if d == axis else "pass")
@@ -43,17 +64,44 @@ def _in_order(ctx: RuleContext) -> FactorRule:
     )
 
 
-@register("top_k", "approx_top_k")
+@register(
+    "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", reads=["axis"],
+    example=Example(((8, 4),), ((8, 4),), {"axis": 1}),
+)  # fmt: skip
+def _running(ctx: RuleContext) -> FactorRule:
+    return _in_order(ctx, ctx.params["axis"])
+
+
+@register(
+    "sort",
+    reads=["dimension"],
+    example=Example(((8, 4),), ((8, 4),), {"dimension": 1}),
+)
+def _sort(ctx: RuleContext) -> FactorRule:
+    return _in_order(ctx, ctx.params["dimension"])
+
+
+@register(
+    "approx_top_k",
+    "top_k",
+    reads=["axis", "reduction_dimension"],
+    example=Example(((8, 16),), ((8, 2), (8, 2)), {"axis": 1}),
+)
 def _top_k(ctx: RuleContext) -> FactorRule:
+    """The best of a dim are not that dim: the chosen experts are no experts."""
     factors = Factors()
-    axis = ctx.params.get("axis", ctx.params.get("reduction_dimension", -1))
-    axis %= len(ctx.operands[0])
-    dims = [
-        () if d == axis else factors.new(size) for d, size in enumerate(ctx.operands[0])
-    ]
-    operand, result = list(dims), list(dims)
-    operand[axis] = factors.new(ctx.operands[0][axis], "blocked")
-    result[axis] = factors.new(ctx.results[0][axis], "blocked")
+    operand, result = ctx.operands[0], ctx.results[0]
+    # The two primitives name it differently.
+    axis = ctx.params["axis"]
+    if axis is None:
+        axis = ctx.params["reduction_dimension"]
+    axis = (len(operand) - 1 if axis is None else axis) % len(operand)
+    rest = [() if d == axis else factors.new(size) for d, size in enumerate(operand)]
+    of, best = (factors.new(shape[axis], "blocked") for shape in (operand, result))
+    before, after = rest[:axis], rest[axis + 1 :]
     return factors.rule(
-        [tuple(operand)], [tuple(result) for _ in ctx.results], "reduce", 1.0
+        [(*before, of, *after)],
+        [(*before, best, *after) for _ in ctx.results],
+        "reduce",
+        flops=float(prod(operand)),
     )

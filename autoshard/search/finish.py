@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,14 +10,12 @@ import numpy as np
 from autoshard.cost import Pricer, estimate, model_flops
 from autoshard.cost.work import analyse
 from autoshard.ir.mesh import AXES, Spec
-from autoshard.ir.trace import Traced, trace
 from autoshard.ir.train_step import TrainStep
 from autoshard.ir.version import VERSION
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import (
     Certificate,
     ClusterRef,
-    Constraint,
     MeshAxis,
     ModelRef,
     Plan,
@@ -26,8 +23,11 @@ from autoshard.plan.schema import (
     Strategy,
     TensorPlan,
 )
-from autoshard.plan.sharded import OUTPUT, Dims, Layout, ShardedProgram
-from autoshard.propagate import find_classes, propagate
+from autoshard.plan.sharded import Layout, ShardedProgram
+from autoshard.propagate import propagate
+from autoshard.search.pins import constraints
+from autoshard.search.reading import classes_of, read
+from autoshard.search.record import records
 
 
 def finish(
@@ -58,15 +58,18 @@ def finish(
         fn = fn.with_schedule(
             microbatches=strategy.schedule.microbatches, remat=strategy.schedule.remat
         )
-    traced = _named_like(trace(fn, args), plain)
-    classes = find_classes(traced)
+    traced = read(fn, args, strategy)
+    classes = classes_of(traced, strategy, plain)
     sizes = {a: n for a, n in strategy.mesh.items() if n != "auto"}
     sharded = propagate(traced, classes, Layout.of(strategy, sizes))
     pricer = Pricer(sharded, analyse(traced, classes))
     predicted = estimate(pricer, cluster, sizes, model_flops(plain.work, plain.classes))
     bound = min(certificate.lower_bound_s, predicted.step_s)
     certificate = certificate.model_copy(
-        update={"lower_bound_s": bound, "gap": predicted.step_s / bound - 1}
+        update={
+            "lower_bound_s": bound,
+            "gap": predicted.step_s / bound - 1 if predicted.step_s else 0.0,
+        }
     )
     return Plan(
         autoshard=VERSION,
@@ -92,42 +95,16 @@ def finish(
         strategy=strategy,
         tensors=tuple(_tensors(sharded)),
         outputs=tuple(_outputs(sharded)),
-        constraints=tuple(_constraints(sharded, sizes)),
-        notes=sharded.notes,
+        constraints=constraints(sharded, sizes),
+        notes=(*sharded.notes, *_notes(sharded, sizes)),
         predicted=predicted,
         certificate=certificate,
+        **records(sharded),
     )
 
 
-def _named_like(traced: Traced, plain: Any) -> Traced:
-    """Gives the inputs the names they have in the plain program.
-
-    A role is found by structure, and accumulation changes the structure: the names of
-    the program that was searched hold for the one that runs.
-    """
-    names = {}
-    for value, info in zip(
-        plain.traced.program.inputs, plain.traced.inputs, strict=True
-    ):
-        names[info.path] = tuple(
-            given or next(iter(plain.classes.names.get(cls, ())), None)
-            for given, cls in zip(
-                info.logical, plain.classes.of_value[value], strict=True
-            )
-        )
-    params = [i for i in traced.inputs if i.state == "params"]
-    for info in traced.inputs:
-        # A moment of a parameter has the parameter's names.
-        for param in params if info.state == "optimizer" else ():
-            tail = param.path.removeprefix("params/")
-            if info.path.endswith(f"/{tail}") and info.shape == param.shape:
-                names[info.path] = names[param.path]
-    inputs = tuple(replace(i, logical=names[i.path]) for i in traced.inputs)
-    return replace(traced, inputs=inputs)
-
-
 def _tensors(sharded: ShardedProgram) -> list[TensorPlan]:
-    traced = sharded.traced
+    traced, names = sharded.traced, sharded.classes.names
     found = []
     for value, info, compute in zip(
         traced.program.inputs, traced.inputs, sharded.compute, strict=True
@@ -139,7 +116,12 @@ def _tensors(sharded: ShardedProgram) -> list[TensorPlan]:
                 shape=info.shape,
                 dtype=info.dtype,
                 state=info.state,
-                logical=info.logical,
+                logical=tuple(
+                    given or next(iter(names.get(cls, ())), None)
+                    for given, cls in zip(
+                        info.logical, sharded.classes.of_value[value], strict=True
+                    )
+                ),
                 storage=Spec(sharded.specs[value]),
                 # Optimizer state is only ever met where it is stored.
                 compute=Spec(compute if uses else sharded.specs[value]),
@@ -159,33 +141,16 @@ def _outputs(sharded: ShardedProgram) -> list[Spec]:
     return found
 
 
-def _constraints(sharded: ShardedProgram, sizes: dict[str, int]) -> list[Constraint]:
-    """One per place where data moves, and one per annotation; no more.
-
-    Between them the partitioner has nothing left to choose: the ops in between run
-    with the specs of their neighbours.
-    """
-    ops = sharded.traced.program.ops
-    pinned: dict[tuple[str, str], Dims] = {}
-    for reshard in sharded.reshards:
-        if reshard.op == OUTPUT:
-            continue  # the results' own shardings say it
-        address = ops[reshard.op].address
-        pinned[address, reshard.slot] = reshard.target
-        kind = sharded.classes.rules[reshard.op].op_kind
-        if kind in ("gather", "scatter") and reshard.unreduced:
-            # Shown only the final spec, the partitioner moves the table or the
-            # updates instead of the partial sums.
-            pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
-    for index, slot in sharded.pins:
-        side = ops[index].inputs if slot.startswith("in") else ops[index].outputs
-        value = side[int(slot.removeprefix("in").removeprefix("out"))]
-        pinned.setdefault((ops[index].address, slot), sharded.specs[value])
-
-    def active(dims: Dims) -> Spec:
-        return Spec(tuple(tuple(a for a in d if sizes.get(a, 1) > 1) for d in dims))
-
-    return [
-        Constraint(address=address, slot=slot, spec=active(dims))
-        for (address, slot), dims in sorted(pinned.items())
-    ]
+def _notes(sharded: ShardedProgram, sizes: dict[str, int]) -> list[str]:
+    """Trip counts that are not known, and dims that the partitioner pads."""
+    program = sharded.traced.program
+    notes = [region.note for region in program.regions if region.note]
+    for size, axes in sorted(sharded.padded):
+        ways = int(np.prod([sizes.get(a, 1) for a in axes]))
+        if size % ways:
+            whole = -(-size // ways) * ways
+            notes.append(
+                f"dims of size {size} over {'+'.join(axes)} ({ways} ways) are padded "
+                f"to {whole}"
+            )
+    return list(dict.fromkeys(notes))

@@ -12,7 +12,6 @@ from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.files import load_strategy
 from autoshard.plan.schema import Schedule, Strategy
-from autoshard.search.space import meshes
 
 _MAX_GROWTH = 4096
 
@@ -27,7 +26,7 @@ def _gib(bytes_: float) -> str:
 def explain_indivisible(space: Any, groups: list[Any], cluster: Cluster) -> str:
     """Says which dims keep every mesh from dividing, with the parameters' paths."""
     strategy = groups[0].strategy
-    rows = meshes(strategy, cluster)
+    rows = space.meshes(strategy, cluster)
     batch = space.batch()
     wants: dict[str, tuple[int, tuple[str, ...]]] = {}
     for group in groups:

@@ -11,37 +11,21 @@ import numpy as np
 
 from autoshard.cost import Pricer
 from autoshard.cost.price import MEMORY_HEADROOM, axes_of
-from autoshard.cost.work import Work, analyse
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
-from autoshard.ir.trace import Traced, abstract, trace
+from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
-from autoshard.plan.sharded import DimClasses, Layout
-from autoshard.propagate import find_classes, propagate
+from autoshard.plan.sharded import Layout
+from autoshard.propagate import propagate
 from autoshard.search import space
 from autoshard.search.annotations import check_annotations
 from autoshard.search.finish import finish
+from autoshard.search.reading import Sketch, fixed_sizes
 from autoshard.search.remedy import explain_indivisible, explain_no_fit
 
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """A traced program with its classes and facts, shared by all its candidates."""
-
-    traced: Traced
-    classes: DimClasses
-    work: Work
-
-    @staticmethod
-    def of(fn: Any, args: tuple[Any, ...]) -> Sketch:
-        """Traces and analyses."""
-        traced = trace(fn, args)
-        classes = find_classes(traced)
-        return Sketch(traced, classes, analyse(traced, classes))
 
 
 @dataclass(frozen=True)
@@ -64,6 +48,7 @@ class Space:
     fn: Any
     args: tuple[Any, ...]
     log: Log
+    strategy: Strategy
 
     def __post_init__(self) -> None:
         self._sketches: dict[str, Sketch | None] = {}
@@ -84,7 +69,7 @@ class Space:
                     )
                 return None
             try:
-                self._sketches[remat] = Sketch.of(fn, self.args)
+                self._sketches[remat] = Sketch.of(fn, self.args, self.strategy)
             except InputError:
                 if required or remat == "none":
                     raise
@@ -117,12 +102,33 @@ class Space:
             ),
             abstract(batch),
         )
-        return Space(self.fn, (*state, larger), self.log)
+        return Space(self.fn, (*state, larger), self.log, self.strategy)
+
+    def meshes(self, strategy: Strategy, cluster: Cluster) -> np.ndarray:
+        """The meshes that the program's own manual regions allow, int64[mesh, axis].
+
+        Raises:
+            InfeasibleError: None.
+        """
+        rows = space.meshes(strategy, cluster)
+        sketch = self.sketch("none")
+        assert sketch is not None
+        for axis, size in fixed_sizes(sketch).items():
+            column = rows[:, AXES.index(axis)]
+            if not (column == size).any():
+                raise InfeasibleError(
+                    f"a shard_map of the program is written for {size} devices along "
+                    f"{axis!r}, but strategy {strategy.name!r} on {cluster.name} has "
+                    f"it only in sizes {sorted(set(column.tolist()))}; set [mesh] "
+                    f"{axis} = {size}, or change the shard_map."
+                )
+            rows = rows[column == size]
+        return rows
 
     def price(self, strategy: Strategy, cluster: Cluster) -> list[Candidates]:
         """Prices every candidate of every structure."""
         required = strategy.schedule.remat != "auto"
-        rows = space.meshes(strategy, cluster)
+        rows = self.meshes(strategy, cluster)
         batch = self.batch()
         cuts = space.microbatches(strategy, batch, isinstance(self.fn, TrainStep))
         found = []
@@ -174,6 +180,8 @@ def divisible(
 
     for size, axes in sharded.divides:
         fits &= size % product(axes) == 0
+    for size, axes in sharded.padded:  # every device must have something at all
+        fits &= size >= product(axes)
     for info, compute in zip(sharded.traced.inputs, sharded.compute, strict=True):
         if info.state == "data" and info.shape and batch:
             fits &= batch % (cuts * product(compute[0])) == 0
@@ -223,7 +231,7 @@ def search_plans(
         RuleMissingError: A primitive has no rule.
     """
     log = log or (lambda _: None)
-    everything = Space(fn, args, log)
+    everything = Space(fn, args, log, strategy)
     log(f"tracing and analysing the step for {cluster.name}")
     plain = everything.sketch("none")
     assert plain is not None

@@ -134,10 +134,18 @@ def test_a_product_in_bf16_takes_that_peak():
 
 
 def test_a_dtype_without_a_peak_is_an_error():
-    whole = shape(64, 64, dtype=jnp.int32)
+    whole = shape(64, 64, dtype=jnp.complex64)
     found = pricer(lambda w, x: x @ w, [whole, whole])
-    with pytest.raises(InputError, match="no peak FLOP/s for the dtype 'int32'"):
+    with pytest.raises(InputError, match="no peak FLOP/s for the dtype 'complex64'"):
         prices(found)
+
+
+def test_a_product_of_integers_costs_what_float32_does():
+    whole, real = shape(64, 64, dtype=jnp.int32), shape(64, 64)
+    integers = prices(pricer(lambda w, x: x @ w, [whole, whole]))
+    mixed = prices(pricer(lambda w, x: x @ w, [whole, real]))
+    floats = prices(pricer(lambda w, x: x @ w, [real, real]))
+    assert integers.matmul_s[0] == mixed.matmul_s[0] == floats.matmul_s[0] > 0
 
 
 def test_a_sharded_product_is_divided_among_its_chips():

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
+from flax.training.train_state import TrainState
 
 from autoshard.ir.errors import InputError
 from autoshard.ir.trace import abstract, trace
@@ -100,3 +102,73 @@ def test_too_many_arguments():
     step = mlp()
     with pytest.raises(InputError, match="got 3 arguments"):
         trace(step, [step.abstract_state(), shape(6, 4), shape(6, 4)])
+
+
+def test_arguments_of_every_kind():
+    state = {
+        "frozen": freeze({"w": jnp.ones((4, 2))}),
+        "key": jax.random.key(0),
+        "keys": jax.random.split(jax.random.key(0), 3),
+        "legacy": jax.random.PRNGKey(0),
+        "nothing": None,
+        "number": 2,
+        "rate": 0.5,
+        "flag": True,
+        "pair": (np.ones(2), [np.float32(1)]),
+    }
+
+    def fn(state, batch):
+        noise = jax.random.normal(state["key"], (2,))
+        more = jax.vmap(lambda k: jax.random.normal(k, (2,)))(state["keys"])
+        y = batch["x"] @ state["frozen"]["w"] * state["rate"] + noise + more.sum(0)
+        scale = state["number"] * state["pair"][1][0] + batch["weight"]
+        return {**state, "key": jax.random.fold_in(state["key"], 1)}, (y * scale).sum()
+
+    batch = {
+        "x": shape(8, 4), "key": jax.random.split(jax.random.key(1), 8), "weight": 1.5,
+        "none": None,
+    }  # fmt: skip
+    traced = trace(fn, [state, batch])
+    kinds = {i.path: (i.state, i.shape, i.logical) for i in traced.inputs}
+    assert kinds["0/frozen/w"] == ("params", (4, 2), (None, None))
+    assert kinds["0/key"] == ("other", (), ())
+    assert kinds["0/keys"] == ("other", (3,), (None,))
+    assert kinds["0/flag"] == kinds["0/number"] == kinds["0/rate"] == ("other", (), ())
+    assert kinds["batch/key"] == ("data", (8,), ("batch",))
+    assert not [path for path in kinds if "nothing" in path or "none" in path]
+    # The state comes back leaf by leaf.
+    assert traced.out_source[:-1] == tuple(
+        k for k, i in enumerate(traced.inputs) if i.state != "data"
+    )
+
+
+def test_a_train_state_of_flax_with_its_functions():
+    def apply(variables, x):
+        return x @ variables["params"]["w"]
+
+    state = TrainState.create(
+        apply_fn=apply, params={"w": jnp.ones((4, 2))}, tx=optax.adam(1e-3)
+    )
+
+    def step(state, x):
+        grads = jax.grad(lambda p: (state.apply_fn({"params": p}, x) ** 2).mean())(
+            state.params
+        )
+        return state.apply_gradients(grads=grads)
+
+    traced = trace(step, [state, shape(8, 4)])
+    assert {i.path: i.state for i in traced.inputs} == {
+        "0/step": "other",
+        "0/params/w": "params",
+        "0/opt_state/0/count": "other",
+        "0/opt_state/0/mu/w": "optimizer",
+        "0/opt_state/0/nu/w": "optimizer",
+        "batch": "data",
+    }
+    assert traced.out_source == (0, 1, 2, 3, 4)
+
+
+def test_a_program_without_annotations_says_so():
+    report = trace(mlp(), [shape(6, 4)]).annotations
+    assert (report.counts, report.lost, report.unused, report.hints) == ((), (), (), ())
+    assert str(report) == "no annotations"

@@ -270,10 +270,11 @@ def test_names_tied_with_different_rules_are_noted_and_the_first_rule_holds():
 
     rules = {"right": TENSOR, "left": FSDP}
     sharded = shard(fn, [shape(8, 4), shape(8, 4)], rules)
-    [note] = sharded.notes
-    assert "right" in note
-    assert "left" in note
-    assert note.endswith("different rules; the first, tensor, holds")
+    [conflict] = sharded.conflicts
+    assert (conflict.kept, conflict.lost) == ("right = tensor", "left = fsdp")
+    lines = [conflict.kept_origin, conflict.lost_origin]
+    assert all(line.startswith("annotate at") for line in lines)
+    assert len({line.split(":")[1] for line in lines}) == 1  # both on the return line
     assert {dims[1] for dims in specs(sharded).values()} == {TENSOR}
 
 
@@ -282,7 +283,7 @@ def test_names_tied_with_the_same_rule_are_no_conflict():
         return annotate(x, "batch", "left") + annotate(w, None, "right")
 
     sharded = shard(fn, [shape(8, 4), shape(8, 4)], {"right": TENSOR, "left": TENSOR})
-    assert sharded.notes == ()
+    assert sharded.conflicts == ()
 
 
 def test_a_rule_for_a_name_nobody_has_changes_nothing():

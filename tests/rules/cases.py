@@ -6,69 +6,22 @@ results come first where the rule starts from them.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.random import threefry2x32_p
+from jax.extend import random as extended
 from jax.scipy import special
+from rules.case import BF16, BOOL, C64, I32, U32, Arg, Case
+from rules.cases_indexing import INDEXING, RANDOM
+from rules.cases_linalg import LINALG, PRODUCTS
+from rules.cases_manual import COLLECTIVE, EFFECTS, PLACES
+from rules.cases_window import CONVOLUTION, POOLING
 
 from autoshard.ir.annotate import annotate
-from autoshard.ir.program import Op, Program, build
-
-F32, I32, U32, BOOL, C64 = "float32", "int32", "uint32", "bool", "complex64"
-BF16 = "bfloat16"
-KEY = "key"
-
-
-class Arg(NamedTuple):
-    """An operand: shape, dtype, and for indices the largest value plus one."""
-
-    shape: tuple[int, ...]
-    dtype: str = F32
-    below: int = 4
-
-
-class Case(NamedTuple):
-    """A function, its arguments, the primitive to look at, and its rule's text."""
-
-    primitive: str
-    fn: Any
-    args: tuple[Arg, ...]
-    text: str
-
-
-def values(case: Case, seed: int = 0) -> list[Any]:
-    """Concrete arguments, away from the edges of every function's domain."""
-    rng = np.random.default_rng(seed)
-
-    def one(arg: Arg) -> Any:
-        if arg.dtype == KEY:
-            return jax.random.key(seed)
-        if arg.dtype == BOOL:
-            return jnp.asarray(rng.random(arg.shape) < 0.5)
-        if arg.dtype in (I32, U32):
-            return jnp.asarray(rng.integers(0, arg.below, arg.shape), arg.dtype)
-        real = rng.uniform(0.1, 0.9, arg.shape)
-        if arg.dtype == C64:
-            return jnp.asarray(real + 1j * rng.uniform(0.1, 0.9, arg.shape), C64)
-        return jnp.asarray(real, arg.dtype)
-
-    return [one(arg) for arg in case.args]
-
-
-@functools.cache
-def program_of(case: Case) -> tuple[Program, Op]:
-    """The built program and the first op of the case's primitive."""
-    program = build(jax.make_jaxpr(case.fn)(*values(case)), [])
-    found = [op for op in program.ops if op.primitive == case.primitive]
-    assert found, f"{case.primitive}: only {[op.primitive for op in program.ops]}"
-    return program, found[0]
-
 
 X = Arg((4, 6))
 V = Arg((6,))
@@ -78,6 +31,7 @@ N, M, B, Z = Arg((4, 6), I32), Arg((4, 6), U32), Arg((4, 6), BOOL), Arg((4, 6), 
 
 _UNARY = {
     "abs": jnp.abs, "acos": lax.acos, "acosh": lambda x: lax.acosh(x + 1),
+    "bessel_i0e": lax.bessel_i0e, "bessel_i1e": lax.bessel_i1e,
     "asin": lax.asin, "asinh": lax.asinh, "atan": lax.atan, "atanh": lax.atanh,
     "cbrt": lax.cbrt, "ceil": lax.ceil, "cos": lax.cos, "cosh": lax.cosh,
     "digamma": lax.digamma, "erf": lax.erf, "erf_inv": lax.erf_inv, "erfc": lax.erfc,
@@ -97,13 +51,17 @@ _UNARY = {
 
 _BINARY = {
     "add": lax.add, "atan2": lax.atan2, "complex": lax.complex, "div": lax.div,
-    "eq": lax.eq, "ge": lax.ge, "gt": lax.gt, "le": lax.le, "lt": lax.lt,
+    "eq": lax.eq, "eq_to": lax.eq_to_p.bind, "ge": lax.ge, "gt": lax.gt,
+    "igamma": lax.igamma, "igamma_grad_a": lax.igamma_grad_a, "igammac": lax.igammac,
+    "le": lax.le, "le_to": lax.le_to_p.bind, "lt": lax.lt, "lt_to": lax.lt_to_p.bind,
     "max": lax.max, "min": lax.min, "mul": lax.mul, "ne": lax.ne,
-    "nextafter": lax.nextafter, "pow": lax.pow, "rem": lax.rem, "sub": lax.sub,
+    "nextafter": lax.nextafter, "polygamma": lax.polygamma, "pow": lax.pow,
+    "rem": lax.rem, "sub": lax.sub, "zeta": lambda x, y: lax.zeta(x + 1, y),
 }  # fmt: skip
 
 _INTEGER = {
-    "and": lax.bitwise_and, "or": lax.bitwise_or, "xor": lax.bitwise_xor,
+    "and": lax.bitwise_and, "mulhi": lax.mulhi_p.bind, "or": lax.bitwise_or,
+    "xor": lax.bitwise_xor,
     "shift_left": lax.shift_left,
     "shift_right_arithmetic": lax.shift_right_arithmetic,
     "shift_right_logical": lax.shift_right_logical,
@@ -114,6 +72,28 @@ ELEMENTWISE = [
     *(Case(name, fn, (X, X), SAME2) for name, fn in _BINARY.items()),
     *(Case(name, fn, (N, N), SAME2) for name, fn in _INTEGER.items()),
     Case("not", lax.bitwise_not, (N,), SAME),
+    Case("clz", lax.clz, (N,), SAME),
+    Case("log2", jnp.log2, (X,), SAME, since=(0, 11)),
+    Case(
+        "one_minus_square",
+        jax.grad(lambda x: lax.tanh(x).sum()),
+        (X,),
+        SAME,
+        since=(0, 11),
+    ),
+    Case(
+        "polynomial",
+        lambda x, y: lax.polynomial_p.bind(x, y, y),
+        (X, X),
+        "i j, i j, i j -> i j {i=4 j=6}",
+        since=(0, 11),
+    ),
+    Case(
+        "regularized_incomplete_beta",
+        lax.betainc,
+        (X, X, X),
+        "i j, i j, i j -> i j {i=4 j=6}",
+    ),
     Case("population_count", lax.population_count, (M,), SAME),
     Case("conj", lax.conj, (Z,), SAME),
     Case("imag", lax.imag, (Z,), SAME),
@@ -139,7 +119,7 @@ ELEMENTWISE = [
     ),
     Case(
         "threefry2x32",
-        threefry2x32_p.bind,
+        extended.threefry2x32_p.bind,
         (Arg((8,), U32),) * 4,
         "i, i, i, i -> i, i {i=8}",
     ),
@@ -197,28 +177,67 @@ SHAPE = [
          "j k i -> l m i {i=4 j=2 k=6 l=3 m=4} blocked j k l m"),
     Case("reshape", _reshape(0), (Arg((0, 4)),),
          "i j -> k {i=0 j=4 k=0} blocked i j k"),
+    # One of three equal parts is another thing than the whole.
     Case("slice", lambda x: lax.slice(x, (0, 1), (4, 3)), (X,),
          "i j -> i k {i=4 j=6 k=2} blocked j k"),
+    # All but the last is the same thing; so is a half, every other, and what lacks a
+    # few elements.
+    Case("slice", lambda x: x[1:, :-1], (X,), "i j -> i j {i=4 j=6} blocked i j"),
+    Case("slice", lambda x: x[:, :3], (X,), "i j -> i j {i=4 j=6} blocked j"),
+    Case("slice", lambda x: lax.slice(x, (0, 0), (4, 6), (1, 2)), (X,),
+         "i j -> i j {i=4 j=6} blocked j"),
+    Case("slice", lambda x: x[:, 5:], (Arg((4, 9)),),
+         "i j -> i j {i=4 j=9} blocked j"),
+    Case("slice", lambda x: x[:, 8:], (Arg((4, 20)),),
+         "i j -> i j {i=4 j=20} blocked j"),
+    Case("slice", lambda x: x[:, 11:], (Arg((4, 20)),),
+         "i j -> i k {i=4 j=20 k=9} blocked j k"),
+    Case("slice", lambda x: x[:, :1], (Arg((4, 2)),),
+         "i j -> i 1 {i=4 j=2} blocked j"),
     # Padding of 1 and -1 keeps the size and shifts the content.
     Case("pad", lambda x: lax.pad(x, 0.0, ((0, 0, 0), (1, -1, 0))), (X,),
-         "i j, . -> i k {i=4 j=6 k=6} blocked j k"),
+         "i j, . -> i j {i=4 j=6} blocked j"),
+    Case("pad", lambda x: lax.pad(x, 0.0, ((0, 0, 0), (1, 0, 0))), (X,),
+         "i j, . -> i j {i=4 j=7} blocked j"),
+    Case("pad", lambda x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1))), (X,),
+         "i j, . -> i j {i=4 j=11} blocked j"),
+    Case("pad", lambda x: lax.pad(x, 0.0, ((0, 0, 0), (12, 0, 0))), (X,),
+         "i j, . -> i k {i=4 j=6 k=18} blocked j k"),
     Case("rev", lambda x: lax.rev(x, (1,)), (X,), "i j -> i j {i=4 j=6} blocked j"),
-    Case("tile", lambda x: jnp.tile(x, (1, 2)), (X,),
-         "i j -> i k {i=4 j=6 k=12} blocked j k"),
+    # Copies one behind the other.
+    Case("tile", lambda x: jnp.tile(x, (1, 3)), (X,),
+         "i j -> i (kj) {i=4 j=6 k=3}"),
+    # Two equal parts make something new; one of seven eighths stays what it is.
     Case("concatenate", lambda x, y: lax.concatenate([x, y], 1), (Arg((4, 2)), X),
          "i j, i k -> i l {i=4 j=2 k=6 l=8} blocked j k l"),
+    Case("concatenate", lambda x, y: lax.concatenate([x, y], 1),
+         (Arg((4, 2)), Arg((4, 14))), "i j, i k -> i k {i=4 j=2 k=16} blocked j k"),
+    Case("concatenate", lambda x, y: lax.concatenate([x, y], 0),
+         (Arg((15, 4)), Arg((1, 4))), "j i, 1 i -> j i {i=4 j=16} blocked j"),
+    Case("concatenate", lambda x, y: lax.concatenate([x, y], 1), (Arg((4, 1)),) * 2,
+         "i 1, i 1 -> i j {i=4 j=2} blocked j"),
     Case("split", lambda x: lax.split(x, (2, 4), 1), (X,),
          "i l -> i j, i k {i=4 j=2 k=4 l=6} blocked j k l"),
+    Case("split", lambda x: lax.split(x, (3, 1), 0), (X,),
+         "k i -> j i, 1 i {i=6 j=3 k=4} blocked j k"),
     Case("stack", lambda x, y: jnp.stack([x, y]), (X, X),
          "i j, i j -> k i j {i=4 j=6 k=2} blocked k"),
+    Case("stack", lambda x, y: jnp.stack([x, y], 1), (X, X),
+         "i j, i j -> i k j {i=4 j=6 k=2} blocked k"),
     Case("unstack", jnp.unstack, (Arg((2, 4, 6)),),
          "k i j -> i j, i j {i=4 j=6 k=2} blocked k"),
     Case("dynamic_slice", lambda x, at: lax.dynamic_slice(x, (0, at), (4, 2)),
          (X, Arg((), I32)), "i j, ., . -> i k {i=4 j=6 k=2} blocked j k"),
+    Case("dynamic_slice", lambda x, at: lax.dynamic_slice(x, (0, at), (4, 5)),
+         (X, Arg((), I32)), "i j, ., . -> i j {i=4 j=6} blocked j"),
     Case("dynamic_update_slice",
          lambda x, y, at: lax.dynamic_update_slice(x, y, (0, at)),
          (X, Arg((4, 2)), Arg((), I32)),
          "i k, i j, ., . -> i k {i=4 j=2 k=6} blocked j k"),
+    Case("dynamic_update_slice",
+         lambda x, y, at: lax.dynamic_update_slice(x, y, (0, at)),
+         (X, Arg((4, 5)), Arg((), I32)),
+         "i j, i j, ., . -> i j {i=4 j=6} blocked j"),
     Case("link", lambda c, xs: lax.scan(lambda c, x: (c + x, c), c, xs),
          (Arg((4,)), Arg((3, 4))), "i -> i {i=4}"),
 ]  # fmt: skip
@@ -226,6 +245,14 @@ SHAPE = [
 
 def _monoid(op: Any, start: Any) -> Any:
     return lambda x: lax.reduce(x, start, op, (1,))
+
+
+def _log_sum(a, b):
+    return jnp.logaddexp(a, b)
+
+
+def _pairs(a, b):
+    return a[0] + b[0], lax.max(a[1], b[1])
 
 
 ALONG = "i j -> i {i=4 j=6} reduce j"
@@ -252,6 +279,15 @@ REDUCTION = [
     Case("sort", lambda x: lax.sort(x, dimension=1), (X,), IN_ORDER),
     Case("sort", lambda x, y: lax.sort((x, y), dimension=0), (X, X),
          "i j, i j -> i j, i j {i=4 j=6} blocked i"),
+    # A function of the user's combines numbers, or pairs of them.
+    Case("reduce", lambda x: lax.reduce(x, -np.inf, _log_sum, (1,)), (X,),
+         "i j, . -> i {i=4 j=6} blocked j"),
+    Case("reduce", lambda x, n: lax.reduce((x, n), (0.0, 0), _pairs, (0,)), (X, N),
+         "i j, i j, ., . -> j, j {i=4 j=6} blocked i"),
+    Case("top_k", lambda x: lax.top_k(x, 2, axis=0), (X,),
+         "j i -> k i, k i {i=6 j=4 k=2} blocked j k"),
+    Case("approx_top_k", lambda x: lax.approx_max_k(x, 2, 0), (X,),
+         "j i -> k i, k i {i=6 j=4 k=2} blocked j k"),
     Case("top_k", lambda x: lax.top_k(x, 2), (X,), BEST),
     Case("approx_top_k", lambda x: lax.approx_max_k(x, 2), (X,), BEST),
 ]  # fmt: skip
@@ -266,63 +302,39 @@ CONTRACTION = [
          lambda x, w: lax.dot_general(x, w, (((2, 3), (0, 1)), ((), ()))),
          (Arg((2, 8, 4, 6)), Arg((4, 6, 10))),
          "i j l m, l m k -> i j k {i=2 j=8 k=10 l=4 m=6} reduce l m"),
-    # NCHW by OIHW: the window's place in the input is no factor of its own.
-    Case("conv_general_dilated", lambda x, w: lax.conv(x, w, (1, 1), "SAME"),
-         (Arg((2, 6, 8, 8)), Arg((4, 6, 3, 3))),
-         "i k 1 1, j k m o -> i j l n {i=2 j=4 k=6 l=8 m=3 n=8 o=3} "
-         "reduce k blocked l m n o"),
-    # Depthwise: each feature reads its own input feature, so that one is no factor.
-    Case("conv_general_dilated",
-         lambda x, w: lax.conv_general_dilated(
-             x, w, (1,), "SAME", feature_group_count=4),
-         (Arg((2, 4, 8)), Arg((4, 1, 3))),
-         "i 1 1, j 1 l -> i j k {i=2 j=4 k=8 l=3} blocked j k l"),
 ]  # fmt: skip
 
-IDS, ROWS, TABLE = Arg((4, 3), I32, 10), Arg((4, 3, 6)), Arg((10, 6))
-PUT = "k l, i j 1, i j l -> k l {i=4 j=3 k=10 l=6} "
-INDEXING = [
-    Case("gather", lambda t, ids: t.at[ids].get(mode="fill"), (TABLE, IDS),
-         "k l, i j 1 -> i j l {i=4 j=3 k=10 l=6} reduce k"),
-    # Along a batch dim that indices and table share.
-    Case("gather", lambda x, ids: jnp.take_along_axis(x, ids, 1, mode="fill"),
-         (X, Arg((4, 2), I32)), "i k, i j 1 -> i j {i=4 j=2 k=6} reduce k"),
-    Case("scatter-add", lambda t, ids, u: t.at[ids].add(u), (TABLE, IDS, ROWS),
-         PUT + "reduce i j"),
-    Case("scatter-sub", lambda t, ids, u: t.at[ids].subtract(u), (TABLE, IDS, ROWS),
-         PUT + "reduce i j"),
-    Case("scatter", lambda t, ids, u: t.at[ids].set(u), (TABLE, IDS, ROWS),
-         PUT + "blocked i j"),
-    Case("scatter-max", lambda t, ids, u: t.at[ids].max(u), (TABLE, IDS, ROWS),
-         PUT + "blocked i j"),
-    Case("scatter-min", lambda t, ids, u: t.at[ids].min(u), (TABLE, IDS, ROWS),
-         PUT + "blocked i j"),
-    Case("scatter-mul", lambda t, ids, u: t.at[ids].multiply(u), (TABLE, IDS, ROWS),
-         PUT + "blocked i j"),
-]  # fmt: skip
 
-K = Arg((), KEY)
-RANDOM = [
-    Case("random_bits", lambda k: jax.random.bits(k, (4, 6)), (K,),
-         ". -> i j {i=4 j=6}"),
-    Case("random_clone", jax.random.clone, (K,), ". -> . {}"),
-    Case("random_fold_in", jax.random.fold_in, (K, Arg((), I32)), "., . -> . {}"),
-    Case("random_gamma", jax.random.gamma, (K, X),
-         "., i j -> k l {i=4 j=6 k=4 l=6} blocked i j"),
-    Case("random_seed", jax.random.key, (Arg((), I32),), ". -> . {}"),
-    Case("random_split", jax.random.split, (K,), ". -> i {i=2} blocked i"),
-    Case("random_unwrap", jax.random.key_data, (K,), ". -> i {i=2} blocked i"),
-    Case("random_wrap", jax.random.wrap_key_data, (Arg((2,), U32),),
-         "i -> . {i=2} blocked i"),
-    Case("rng_bit_generator", lambda k: lax.rng_bit_generator(k, (6,)),
-         (Arg((4,), U32),), "i -> j, k {i=4 j=4 k=6} blocked i j k"),
-]  # fmt: skip
-
-CASES = [*ELEMENTWISE, *SHAPE, *REDUCTION, *CONTRACTION, *INDEXING, *RANDOM]
+ALL = [
+    *ELEMENTWISE,
+    *SHAPE,
+    *REDUCTION,
+    *CONTRACTION,
+    *PRODUCTS,
+    *CONVOLUTION,
+    *POOLING,
+    *INDEXING,
+    *LINALG,
+    *RANDOM,
+    *COLLECTIVE,
+    *PLACES,
+    *EFFECTS,
+]
+CASES = [case for case in ALL if case.runs_here]
 
 NOT_PRODUCED = {
+    "check": "checkify takes it out again before the program runs",
     "empty2": "JAX makes it while it lowers a loop, after tracing",
-    "log2": "JAX 0.10 writes log2 as a quotient of logarithms",
-    "one_minus_square": "JAX 0.10 differentiates tanh without it",
+    "from_edtype": "only for element types that a library defines by itself",
+    "geqp3": "JAX makes it while it lowers a pivoting qr, after tracing",
+    "geqrf": "JAX makes it while it lowers a qr, after tracing",
+    "relayout": "no public function of JAX gives it",
+    "scaled_matmul": "what the wrapper becomes on a GPU, after tracing",
+    "stage": "tracing takes it out again",
+    "tie": "no public function of JAX gives it",
+    "to_edtype": "only for element types that a library defines by itself",
+    "unreduced_pmax": "needs a value that is an unreduced maximum; no public function",
+    "unreduced_pmin": "needs a value that is an unreduced minimum; no public function",
+    "with_memory_space_constraint": "only in Pallas kernels",
 }
-"""Primitives of the registry that no function gives in the oldest supported JAX."""
+"""Primitives of the registry that no public function gives, and why."""

@@ -8,14 +8,17 @@ import optax
 import pytest
 from flax import nnx
 from helpers.equality import pinned
+from jax.sharding import PartitionSpec as P
 
 from autoshard.ir.annotate import annotate
 from autoshard.ir.errors import InfeasibleError, InputError, NameUnknownError
+from autoshard.ir.trace import trace
 from autoshard.ir.train_step import train_step
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
 from autoshard.plan.schema import Rule
 from autoshard.search import search_plans
+from autoshard.search.annotations import check_annotations
 
 BATCH = jax.ShapeDtypeStruct((16, 32), jnp.float32)
 
@@ -75,9 +78,70 @@ def test_an_axis_of_ones_own_is_fine_once_the_strategy_has_a_rule():
     assert search(step, strategy.model_copy(update={"rules": rules}))
 
 
-def test_mesh_axis_in_place_of_a_logical_one():
-    with pytest.raises(NameUnknownError, match="'tensor' is a mesh axis"):
-        search(step_with((None, "tensor"), ("tensor", None)))
+def read(up, down=(None, None), hidden=64, **asked):
+    """The check's notes for a strategy that fixes tensor = 8."""
+    strategy = pinned("megatron-tp", microbatches=1, remat="none", data=1, tensor=8)
+    strategy = strategy.model_copy(update=asked)
+    traced = trace(step_with(up, down, hidden), [BATCH], aliases=strategy.aliases)
+    return check_annotations(traced, strategy)
+
+
+def test_a_mesh_axis_in_place_of_a_logical_one_is_honoured():
+    strategy = pinned("megatron-tp", microbatches=1, remat="none", data=1, tensor=8)
+    plan = search(step_with((None, "tp"), ("tp", None)), strategy)
+    specs = {t.path: t.compute.dims for t in plan.tensors}
+    assert specs["params/up"] == ((), ("tensor",))
+    assert specs["params/down"] == (("tensor",), ())
+
+
+def test_a_mesh_axis_that_stands_for_none():
+    step = train_step(
+        lambda w, x: (jax.lax.with_sharding_constraint(x @ w, P("rows")) ** 2).mean(),
+        optax.sgd(0.1),
+        model=lambda key: jnp.ones((32, 8)),
+    )
+    with pytest.raises(NameUnknownError) as caught:
+        search(step)
+    message = str(caught.value)
+    assert "with_sharding_constraint at " in message
+    assert "test_annotations.py:" in message
+    assert "unknown mesh axis 'rows'" in message
+    assert '[aliases] rows = "data"' in message
+
+
+def test_a_name_of_a_strategy_for_a_mesh_axis():
+    assert read((None, "rows"), aliases={"rows": "tensor"}) == ()
+
+
+def test_a_mesh_axis_on_two_dims():
+    with pytest.raises(InputError) as caught:
+        read(P("tensor", "tp"))
+    message = str(caught.value)
+    assert "nnx out_sharding of params/up asks for [tensor, tp]" in message
+    assert "'tensor' (tensor and tp) shards two dims" in message
+
+
+def test_a_mesh_axis_that_does_not_divide():
+    with pytest.raises(InputError) as caught:
+        read((None, "tp"), hidden=60)
+    message = str(caught.value)
+    assert "nnx out_sharding of params/up of shape (32, 60)" in message
+    assert "dim 1 of size 60 is not divisible by 8 (tensor = 8" in message
+
+
+def test_a_mesh_axis_that_the_strategy_does_not_have_is_noted():
+    [note] = read((None, "context"))
+    assert "params/up asks for mesh axis 'context', which strategy" in note
+
+
+def test_a_lost_annotation_stops_the_search():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.w = nnx.Param(jnp.ones((32, 8)), sharding_metadata=("embed", "mlp"))
+
+    step = train_step(lambda net, x: (x @ net.w[...]).mean(), optax.sgd(0.1), model=Net)
+    with pytest.raises(InputError, match=r"sharding_metadata=.* of params/w: flax"):
+        search(step)
 
 
 def test_two_dims_that_want_one_axis():

@@ -53,7 +53,7 @@ def small_memory(chips: Cluster, bytes_: float) -> Cluster:
 def brute_force(step, batch, chips, batch_size):
     """Every plan of the auto strategy's space, written out and priced one by one."""
     auto = load_strategy("auto")
-    plain = Sketch.of(step, (batch,))
+    plain = Sketch.of(step, (batch,), auto)
     n = chips.num_chips
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     best = []

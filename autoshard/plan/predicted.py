@@ -1,0 +1,92 @@
+"""What the cost model predicts of a plan, and how good the search says it is."""
+
+from __future__ import annotations
+
+from autoshard.plan.base import Record
+
+Axes = tuple[str, ...]
+
+
+class Collective(Record):
+    """A planned collective.
+
+    Attributes:
+        kind: `all_gather`, `all_reduce`, `reduce_scatter`, `all_to_all` or `permute`.
+        axes: Mesh axes it runs over.
+        bytes_: Bytes of the larger of input and output on one device, one run.
+        count: Runs per step.
+        time_s: Predicted seconds per step, all runs.
+        source: The user's source line.
+        address: Address of the op that needs it.
+        value: What is communicated: a parameter's path, or the op's name.
+    """
+
+    kind: str
+    axes: Axes
+    bytes_: int
+    count: int
+    time_s: float
+    source: str
+    address: str
+    value: str
+
+
+class MemoryTable(Record):
+    """Predicted bytes per device at the peak of the step, by what they hold."""
+
+    params: int
+    gradients: int
+    optimizer: int
+    activations: int
+    other: int
+    total: int
+    capacity: int
+
+
+class Estimate(Record):
+    """What the cost model predicts for one step.
+
+    Attributes:
+        step_s: Seconds per step.
+        matmul_s: Of these, in matrix products.
+        memory_bound_s: In everything else a chip computes.
+        collective_s: In collectives; none are overlapped in this model.
+        model_flops: FLOPs of forward and backward, recomputation not counted.
+        mfu: `model_flops / (step_s * chips * peak)`.
+        tokens_per_s: Batch positions per second, when the batch holds token ids.
+        memory: Bytes at the peak.
+        collectives: Every planned collective.
+    """
+
+    step_s: float
+    matmul_s: float
+    memory_bound_s: float
+    collective_s: float
+    model_flops: float
+    mfu: float
+    tokens_per_s: float
+    memory: MemoryTable
+    collectives: tuple[Collective, ...]
+
+
+class Certificate(Record):
+    """How good the plan is, within the space and the cost model that were used.
+
+    Candidates with accumulation are ranked by a price scaled from the program without
+    it; only the plan that is written is traced and priced with its accumulation.
+
+    Attributes:
+        lower_bound_s: No candidate of the space is predicted faster.
+        gap: `step_s / lower_bound_s - 1`.
+        enumerated: Candidates priced.
+        indivisible: Candidates left out because a dim does not divide.
+        infeasible: Candidates that do not fit in memory.
+        complete: Whether every candidate of the space was priced.
+    """
+
+    lower_bound_s: float
+    gap: float
+    enumerated: int
+    indivisible: int
+    infeasible: int
+    complete: bool

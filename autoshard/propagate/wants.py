@@ -1,0 +1,271 @@
+"""What a layout wants of each value and of each op, apart from all others.
+
+First comes what the user fixed in mesh axes, then the strategy's rules in their order
+of priority, then the residual rules for activations in which nothing else takes the
+axes. One axis shards one dim of a value, and one factor of an op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import gcd
+
+from autoshard.ir.program import Op
+from autoshard.ir.trace import Traced
+from autoshard.plan.sharded import (
+    LAYERS,
+    RESIDUAL,
+    Conflict,
+    DimClasses,
+    Dims,
+    Layout,
+)
+from autoshard.rules import FactorRule
+
+Axes = tuple[str, ...]
+
+
+class Wants:
+    """The wishes of a layout for one program.
+
+    Attributes:
+        strong: `(order, axes)` per class that a rule shards.
+        weak: Axes per class that a residual rule shards.
+        activations: Values that are computed from the data inputs.
+        manual: Regions in which every device works by itself.
+        conflicts: Rules that meet in one class.
+        notes: Leaves that could not be stored as asked, in words.
+    """
+
+    def __init__(self, traced: Traced, classes: DimClasses, layout: Layout) -> None:
+        self.traced, self.classes, self.layout = traced, classes, layout
+        self.program = traced.program
+        self.strong: dict[int, tuple[int, Axes]] = {}
+        self.weak: dict[int, Axes] = {}
+        self.conflicts: dict[Conflict, None] = dict.fromkeys(classes.fixed.conflicts)
+        self.notes: dict[str, None] = {}
+        self._read_rules()
+        self.activations = self._reached_by_data()
+        named = classes.names
+        self._embed_like = {c for c, n in named.items() if "embed" in n}
+        self._layer_like = {c for c, n in named.items() if LAYERS in n}
+        self.manual = self._manual_regions()
+        self._value_memo: dict[object, Dims] = {}
+
+    def _read_rules(self) -> None:
+        for cls, names in self.classes.names.items():
+            found: list[tuple[int, Axes, str]] = []
+            for order, (logical, axes) in enumerate(self.layout.rules):
+                base = logical.removesuffix(RESIDUAL)
+                if base not in names or not axes:
+                    continue
+                if base != logical:
+                    self.weak[cls] = axes
+                else:
+                    found.append((order, axes, logical))
+            if not found:
+                continue
+            order, axes, kept = found[0]
+            self.strong[cls] = (order, axes)
+            for _, other, lost in found[1:]:
+                if other != axes:
+                    self._rules_meet(cls, kept, axes, lost, other)
+
+    def _rules_meet(self, cls: int, kept: str, axes: Axes, lost: str, no: Axes) -> None:
+        origins = self.classes.origins
+        self.conflicts[
+            Conflict(
+                where=f"dims named {kept} and {lost}, which the program ties",
+                kept=f"{kept} = {'+'.join(axes)}",
+                kept_origin=origins.get((cls, kept), "the strategy"),
+                lost=f"{lost} = {'+'.join(no)}",
+                lost_origin=origins.get((cls, lost), "the strategy"),
+                moved_bytes=0,
+            )
+        ] = None
+
+    def _reached_by_data(self) -> frozenset[int]:
+        found = {
+            value
+            for value, info in zip(self.program.inputs, self.traced.inputs, strict=True)
+            if info.state == "data"
+        }
+        for op in self.program.ops:
+            if not found.isdisjoint(op.inputs):
+                found.update(op.outputs)
+        return frozenset(found)
+
+    def _manual_regions(self) -> frozenset[int]:
+        found: set[int] = set()
+        for index, region in enumerate(self.program.regions):
+            if getattr(region, "manual", None) or region.parent in found:
+                found.add(index)
+        return frozenset(found)
+
+    # -- values ------------------------------------------------------------------
+
+    def _strong_dims(self, value: int) -> list[Axes]:
+        """Axes per dim by the rules alone; an axis goes to the first that wants it."""
+        shape = self.program.values[value].shape
+        fixed = self.classes.fixed.dims.get(value)
+        dims: list[Axes] = [()] * len(shape)
+        used: set[str] = set()
+        if fixed is not None:
+            for d, axes in enumerate(fixed):
+                dims[d] = axes or ()
+                used.update(dims[d])
+        wants = []
+        for d, cls in enumerate(self.classes.of_value[value]):
+            want = self.strong.get(cls)
+            if want and shape[d] > 1 and (fixed is None or fixed[d] is None):
+                wants.append((want[0], d, want[1]))
+        wants.sort()
+        for _, d, axes in wants:
+            if used.isdisjoint(axes):
+                dims[d] = axes
+                used.update(axes)
+        return dims
+
+    def value_dims(self, value: int, natural: Dims | None) -> Dims:
+        """The spec of a value that is no state.
+
+        The residual rule holds for activations (values computed from the data) in
+        which nothing else takes its axes: always if they have the embed dim, else
+        only if the op that makes them makes them so.
+
+        Args:
+            value: The value.
+            natural: What the op that makes it makes, where that is known.
+        """
+        record = self.program.values[value]
+        classes = self.classes.of_value[value]
+        active = value in self.activations
+        key = (
+            classes,
+            record.shape,
+            self.classes.fixed.dims.get(value),
+            active,
+            natural,
+            record.region in self.manual,
+        )
+        found = self._value_memo.get(key)
+        if found is None:
+            found = self._value_memo[key] = self._value_dims(value, natural)
+        return found
+
+    def _value_dims(self, value: int, natural: Dims | None) -> Dims:
+        record = self.program.values[value]
+        if record.region in self.manual:
+            return ((),) * len(record.shape)
+        dims = self._strong_dims(value)
+        if value not in self.activations or not self.weak:
+            return tuple(dims)
+        classes = self.classes.of_value[value]
+        fixed = self.classes.fixed.dims.get(value)
+        residual = any(c in self._embed_like for c in classes)
+        for d, cls in enumerate(classes):
+            axes = self.weak.get(cls)
+            if axes is None or dims[d] or record.shape[d] == 1:
+                continue
+            if fixed is not None and fixed[d] is not None:
+                continue
+            if any(set(axes) & set(taken) for taken in dims):
+                continue
+            if residual or (natural is not None and natural[d] == axes):
+                dims[d] = axes
+        return tuple(dims)
+
+    def is_residual(self, value: int, spec: Dims) -> bool:
+        """Whether some dim is sharded by a residual rule alone."""
+        return bool(self.weak) and any(
+            axes and self.weak.get(cls) == axes
+            for axes, cls in zip(spec, self.classes.of_value[value], strict=True)
+        )
+
+    def stored_dims(self, value: int, base: Dims, axes: Axes, path: str) -> Dims:
+        """Adds storage axes to the dim that shards best, never to a loop's own dim.
+
+        State that the user placed himself stays where he put it.
+        """
+        given = self.classes.fixed.storage.get(value)
+        if given is not None and any(given):
+            return given
+        taken = {a for dim in base for a in dim}
+        axes = tuple(
+            a for a in axes if a not in taken and self.layout.sizes.get(a, 2) > 1
+        )
+        shape = self.program.values[value].shape
+        if not axes or not shape:
+            return base
+        classes = self.classes.of_value[value]
+        order = sorted(
+            (
+                d
+                for d in range(len(shape))
+                if shape[d] > 1 and classes[d] not in self._layer_like
+            ),
+            key=lambda d: (bool(base[d]), -gcd(shape[d], 1 << 12), -shape[d], d),
+        )
+        for d in order:
+            if shape[d] % self.layout.size((*base[d], *axes)) == 0:
+                return tuple(
+                    (*dim, *axes) if d == k else dim for k, dim in enumerate(base)
+                )
+        if self.layout.sizes:
+            self.notes[
+                f"{path} {shape} is not sharded over {'+'.join(axes)} in memory: no "
+                f"dim is divisible by {self.layout.size(axes)}"
+            ] = None
+        return base
+
+    # -- ops ---------------------------------------------------------------------
+
+    def op_axes(
+        self, op: Op, rule: FactorRule, operands: Iterable[tuple[Dims, bool]]
+    ) -> Dims:
+        """Axes per factor; an axis goes to the first factor that wants it.
+
+        Args:
+            op: The op.
+            rule: Its rule.
+            operands: Spec per operand, and whether it counts: constants and literals
+                do not.
+        """
+        axes: list[Axes] = [()] * len(rule.sizes)
+        if op.region in self.manual:
+            return tuple(axes)
+        used: set[str] = set()
+        fixed = self.classes.fixed.factors.get(op.index)
+        if fixed is not None:
+            axes = list(fixed)
+            used = {a for factor in axes for a in factor}
+        classes = self.classes.of_factor[op.index]
+        wants = []
+        for f, cls in enumerate(classes):
+            want = self.strong.get(cls)
+            if want and not axes[f] and rule.kinds[f] != "blocked":
+                wants.append((want[0], f, want[1]))
+        wants.sort()
+        for _, f, want in wants:
+            if used.isdisjoint(want):
+                axes[f] = want
+                used.update(want)
+        for f, cls in enumerate(classes) if self.weak else ():
+            want = self.weak.get(cls)
+            if want is None or axes[f] or rule.kinds[f] == "blocked":
+                continue
+            if used.isdisjoint(want) and _some_has(rule, operands, f, want):
+                axes[f] = want
+                used.update(want)
+        return tuple(axes)
+
+
+def _some_has(
+    rule: FactorRule, operands: Iterable[tuple[Dims, bool]], factor: int, axes: Axes
+) -> bool:
+    return any(
+        dim and dim[0] == factor and spec[d] == axes
+        for (spec, counts), dims in zip(operands, rule.operands, strict=True)
+        if counts
+        for d, dim in enumerate(dims)
+    )

@@ -1,0 +1,129 @@
+"""The constraints of a plan: the few values whose spec the compiler must be told.
+
+Between them the partitioner has nothing left to choose: an op without a pin runs with
+the specs of its neighbours.
+"""
+
+from __future__ import annotations
+
+from autoshard.ir.mesh import Spec
+from autoshard.plan.schema import Constraint
+from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
+from autoshard.propagate.project import natural_dims, spec_of
+
+_Pins = dict[tuple[str, str], Dims]
+
+
+def constraints(
+    sharded: ShardedProgram, sizes: dict[str, int]
+) -> tuple[Constraint, ...]:
+    """One constraint per place where data moves, per annotation, and per guard.
+
+    Args:
+        sharded: The program with its specs.
+        sizes: Size per mesh axis; axes of one device are left out of the specs.
+
+    Returns:
+        Constraints by address.
+    """
+    pinned: _Pins = {}
+    ops = sharded.traced.program.ops
+    for reshard in sharded.reshards:
+        if reshard.op == OUTPUT:
+            continue  # the results' own shardings say it
+        address = ops[reshard.op].address
+        pinned[address, reshard.slot] = reshard.target
+        if _needs_whole(sharded, reshard):
+            pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
+    _pin_foreign(sharded, pinned)
+    for index, slot in sharded.pins:
+        side = ops[index].inputs if slot.startswith("in") else ops[index].outputs
+        value = side[int(slot.removeprefix("in").removeprefix("out"))]
+        pinned.setdefault((ops[index].address, slot), sharded.specs[value])
+    _guard(sharded, pinned)
+
+    def active(dims: Dims) -> Spec:
+        return Spec(tuple(tuple(a for a in d if sizes.get(a, 1) > 1) for d in dims))
+
+    return tuple(
+        Constraint(address=address, slot=slot, spec=active(dims))
+        for (address, slot), dims in sorted(pinned.items())
+    )
+
+
+def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
+    """Calls that the partitioner cannot look into run under `shard_map`."""
+    for op, rule, axes in zip(
+        sharded.traced.program.ops,
+        sharded.classes.rules,
+        sharded.factor_axes,
+        strict=True,
+    ):
+        if rule.op_kind != "foreign" or not any(axes):
+            continue
+        for k, dims in enumerate(natural_dims(rule, axes)):
+            pinned[op.address, f"each{k}"] = dims
+        for k, (value, dims) in enumerate(zip(op.inputs, rule.operands, strict=True)):
+            if value >= 0:
+                pinned[op.address, f"in{k}"] = spec_of(dims, axes)
+
+
+def _needs_whole(sharded: ShardedProgram, reshard: Reshard) -> bool:
+    """Whether a result is pinned as it is made, before it is pinned as it is wanted.
+
+    Shown only the final spec, the partitioner moves the table or the updates of a
+    lookup instead of the partial sums; and it divides an op along a dim that the rule
+    says each device needs whole, which for some ops it does wrongly.
+    """
+    if not reshard.slot.startswith("out"):
+        return False
+    rule = sharded.classes.rules[reshard.op]
+    if rule.op_kind in ("gather", "scatter") and reshard.unreduced:
+        return True
+    dims = rule.results[int(reshard.slot[3:])]
+    return rule.op_kind not in ("link", "data") and any(
+        set(target) - set(source) and (not dim or rule.kinds[dim[0]] == "blocked")
+        for source, target, dim in zip(
+            reshard.source, reshard.target, dims, strict=True
+        )
+    )
+
+
+def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
+    """Pins what must stay whole although a later op takes only a part of it.
+
+    The partitioner carries a wish back to the ops that make a value, and would rather
+    divide a slice or a window along its own dim, and exchange rows, than compute it
+    whole and let each device take its part.
+    """
+    program, rules = sharded.traced.program, sharded.classes.rules
+    seen: set[tuple[int, int]] = set()
+    left = [
+        (reshard.value, d)
+        for reshard in sharded.reshards
+        if reshard.slot.startswith("in") or reshard.op == OUTPUT
+        for d, (source, target) in enumerate(
+            zip(reshard.source, reshard.target, strict=True)
+        )
+        if set(target) - set(source)
+    ]
+    while left:
+        value, d = left.pop()
+        producer = program.values[value].producer
+        if (value, d) in seen or producer < 0:
+            continue
+        seen.add((value, d))
+        op, rule = program.ops[producer], rules[producer]
+        k = op.outputs.index(value)
+        dim = rule.results[k][d]
+        if rule.op_kind == "link" or not dim:
+            continue
+        if rule.kinds[dim[0]] == "blocked":
+            pinned.setdefault((op.address, f"out{k}"), sharded.specs[value])
+            continue
+        left += [
+            (operand, e)
+            for operand, dims in zip(op.inputs, rule.operands, strict=True)
+            for e, other in enumerate(dims)
+            if operand >= 0 and other and other[0] == dim[0]
+        ]

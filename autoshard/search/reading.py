@@ -1,0 +1,109 @@
+"""Reading a program for a strategy: traced, seeded, its annotations accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autoshard.cost.work import Work, analyse
+from autoshard.ir.annotations.paths import with_specs
+from autoshard.ir.errors import InfeasibleError
+from autoshard.ir.trace import Traced, trace
+from autoshard.plan.schema import Strategy
+from autoshard.plan.sharded import DimClasses
+from autoshard.propagate import find_classes
+from autoshard.propagate.classes import Hint
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A traced program with its classes and facts, shared by all its candidates."""
+
+    traced: Traced
+    classes: DimClasses
+    work: Work
+
+    @staticmethod
+    def of(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Sketch:
+        """Traces and analyses.
+
+        Raises:
+            InputError: An annotation did not reach the program.
+            RuleMissingError: A primitive has no rule, and no leave to be replicated.
+        """
+        traced = read(fn, args, strategy)
+        classes = classes_of(traced, strategy)
+        return Sketch(traced, classes, analyse(traced, classes))
+
+
+def read(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Traced:
+    """Traces a function and adds what the strategy fixes by path.
+
+    Raises:
+        InputError: An annotation did not reach the program.
+    """
+    traced = with_specs(trace(fn, args), strategy.specs)
+    traced.annotations.check()
+    return traced
+
+
+def classes_of(
+    traced: Traced, strategy: Strategy, plain: Sketch | None = None
+) -> DimClasses:
+    """The dim classes, with what the strategy says of axes and of missing rules.
+
+    Args:
+        traced: The program.
+        strategy: See above.
+        plain: The same step without microbatches and remat, whose names hold here.
+    """
+    return find_classes(
+        traced,
+        replicate=strategy.replicate,
+        aliases=strategy.aliases,
+        hints=_hints(traced, plain) if plain else None,
+    )
+
+
+def _hints(traced: Traced, plain: Sketch) -> dict[str, list[Hint]]:
+    classes, program = plain.classes, plain.traced.program
+    found: dict[str, list[Hint]] = {}
+    for value, info in zip(program.inputs, plain.traced.inputs, strict=True):
+        found[info.path] = [
+            (names[0], classes.origins.get((cls, names[0]), "the strategy"))
+            if (names := classes.names.get(cls))
+            else None
+            for cls in classes.of_value[value]
+        ]
+    params = {
+        info.path.removeprefix("params/"): info
+        for info in traced.inputs
+        if info.state == "params"
+    }
+    for info in traced.inputs:
+        # A moment of a parameter has the parameter's names.
+        parts = info.path.split("/") if info.state == "optimizer" else []
+        for k in range(1, len(parts)):
+            param = params.get("/".join(parts[k:]))
+            if param is not None and param.shape == info.shape:
+                found[info.path] = found[param.path]
+                break
+    return found
+
+
+def fixed_sizes(sketch: Sketch) -> dict[str, int]:
+    """Sizes of canonical axes that manual regions of the program are written for.
+
+    Raises:
+        InfeasibleError: Two regions want the same axis in two sizes.
+    """
+    found: dict[str, int] = {}
+    for axis, size in sketch.traced.mesh_sizes.items():
+        (name,) = sketch.classes.canonical((axis,), "shard_map")
+        if found.setdefault(name, size) != size:
+            raise InfeasibleError(
+                f"the program's shard_maps need mesh axis {name!r} in sizes "
+                f"{found[name]} and {size} ({axis!r}); one mesh has one size per axis. "
+                "Map one of them to another axis: [aliases] in the strategy."
+            )
+    return found

@@ -1,0 +1,291 @@
+"""Collectives of an HLO module: what runs how often, over which axes, how large."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from autoshard.verify.groups import (
+    axes_of_groups,
+    axes_of_pairs,
+    parse_groups,
+    parse_pairs,
+)
+from autoshard.verify.module import (
+    Computation,
+    Instruction,
+    Module,
+    bytes_of,
+)
+
+KINDS = {
+    "all-reduce": "all_reduce",
+    "all-gather": "all_gather",
+    "reduce-scatter": "reduce_scatter",
+    "all-to-all": "all_to_all",
+    "ragged-all-to-all": "all_to_all",
+    "collective-permute": "permute",
+    "collective-broadcast": "broadcast",
+}
+"""Opcodes of collectives, and the kinds of `plan.schema.Collective`."""
+
+MOVES = frozenset(
+    {"bitcast", "convert", "copy", "get-tuple-element", "reshape", "transpose"}
+)
+"""Opcodes that hand an operand on without looking at its numbers."""
+
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """A collective that the compiler emitted; an element of one that holds several.
+
+    Attributes:
+        kind: As in `plan.schema.Collective`, or `broadcast`.
+        axes: Mesh axes, see `groups.axes_of_groups`.
+        bytes_: Bytes of the larger of input and output on one device, one run.
+        count: Runs per call of the program; 0 in a branch that costs less than another.
+        op_name: Name stack and primitive that it was made for, mostly the op before it.
+        used_by: The same of the op that takes its result.
+        source: The user's `file:line`.
+        name: Of the instruction.
+        element: Which of the arrays it moves; 0 if there is one.
+        elements: How many arrays it moves.
+        dtype: Element type that is moved, in XLA's words.
+        fed_by: `(name, element)` of a collective whose result it takes as it is.
+        converted: Whether what it moves was converted to its type just before.
+        padded: Whether what it moves is a part, set into an array of zeros.
+        sliced: Whether a device keeps only a slice of the result.
+        groups: The devices, as XLA wrote them.
+        bounded: Whether the trip counts of all loops around it are known; else an
+            unknown one was taken for 1.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes_: int
+    count: int
+    op_name: str
+    source: str
+    name: str
+    element: int = 0
+    elements: int = 1
+    used_by: str = ""
+    dtype: str = ""
+    fed_by: tuple[str, int] | None = None
+    converted: bool = False
+    padded: bool = False
+    sliced: bool = False
+    groups: str = ""
+    bounded: bool = True
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all runs."""
+        return self.bytes_ * self.count
+
+
+def collectives(module: Module, sizes: dict[str, int]) -> tuple[Emitted, ...]:
+    """Every collective of a module, one entry per array that it moves.
+
+    Args:
+        module: The parsed module.
+        sizes: Size of each mesh axis in the order of the device layout.
+
+    Raises:
+        InputError: Groups of devices in a form that is not known.
+
+    >>> module = Module('''HloModule m, num_partitions=4
+    ...
+    ... ENTRY %main (p: f32[8]) -> f32[32] {
+    ...   %p = f32[8]{0} parameter(0)
+    ...   ROOT %g = f32[32]{0} all-gather(%p), replica_groups=[1,4]<=[4], dimensions={0}
+    ... }
+    ... ''')
+    >>> [(c.kind, c.axes, c.bytes_) for c in collectives(module, {"tensor": 4})]
+    [('all_gather', ('tensor',), 128)]
+    """
+    return tuple(_Reader(module, sizes).run(module.entry))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    module: Module
+    sizes: dict[str, int]
+
+    def run(self, name: str) -> Iterator[Emitted]:
+        """Collectives of one run of a computation and of all that it calls."""
+        computation = self.module.computations[name]
+        for instruction in computation.instructions.values():
+            opcode = instruction.opcode.removesuffix("-start")
+            if opcode in KINDS:
+                yield from self.emitted(instruction, opcode, computation)
+            elif opcode == "while":
+                trips = self.module.trips(instruction, computation)
+                for inner in self.run(instruction.attribute("body").lstrip("%")):
+                    yield replace(
+                        inner,
+                        count=inner.count * (1 if trips is None else trips),
+                        bounded=inner.bounded and trips is not None,
+                    )
+            elif opcode == "conditional":
+                yield from self.branches(instruction)
+            elif not opcode.endswith("-done"):
+                for called in instruction.called:
+                    yield from self.run(called)
+
+    def branches(self, conditional: Instruction) -> Iterator[Emitted]:
+        """All branches; only the one that moves most bytes counts."""
+        found = [list(self.run(name)) for name in conditional.called]
+        totals = [sum(c.total_bytes for c in branch) for branch in found]
+        taken = totals.index(max(totals))
+        for k, branch in enumerate(found):
+            for inner in branch:
+                yield inner if k == taken else replace(inner, count=0)
+
+    def emitted(
+        self, instruction: Instruction, opcode: str, computation: Computation
+    ) -> Iterator[Emitted]:
+        """The arrays that one collective moves."""
+        if opcode == "collective-permute":
+            groups = instruction.attribute("source_target_pairs")
+            axes = axes_of_pairs(parse_pairs(groups), self.sizes)
+        else:
+            groups = instruction.attribute("replica_groups") or "{}"
+            devices = parse_groups(groups, prod(self.sizes.values()))
+            axes = axes_of_groups(devices, self.sizes)
+        if not axes:
+            return  # every device talks to itself
+        names = [o for o in instruction.operands if o in computation.instructions]
+        if opcode == "collective-permute":
+            names = names[:1]  # the others are buffers and offsets
+        operands = [computation.instructions[o].arrays for o in names]
+        results = instruction.arrays
+        if instruction.opcode.endswith("-start") and opcode != "all-reduce":
+            # `(operands, results, contexts)`; those of an all-reduce are its results.
+            given = sum(len(arrays) for arrays in operands)
+            results = results[given : 2 * given]
+        common = Emitted(
+            kind=KINDS[opcode],
+            axes=axes,
+            bytes_=0,
+            count=1,
+            op_name=_op_name(instruction),
+            source=self.module.source(instruction.attributes),
+            name=instruction.name,
+            dtype=results[0][0],
+            fed_by=_feeder(computation, names[0]),
+            groups=groups,
+        )
+        if opcode.endswith("all-to-all"):
+            # As a tuple it holds one piece per device of the group.
+            whole = sum(bytes_of(arrays) for arrays in operands)
+            yield replace(common, bytes_=max(whole, bytes_of(results)))
+            return
+        for k, (given, made) in enumerate(zip(operands, results, strict=True)):
+            own = (
+                _part(computation, instruction, k) if len(operands) > 1 else instruction
+            )
+            before = computation.instructions[names[k]].opcode
+            yield replace(
+                common,
+                op_name=_op_name(own) or _of_several(common.op_name, k, len(operands)),
+                source=self.module.source(own.attributes) or common.source,
+                used_by=_used_by(computation, own),
+                bytes_=max(bytes_of(given), bytes_of((made,))),
+                element=k,
+                elements=len(operands),
+                dtype=made[0],
+                fed_by=_feeder(computation, names[k]),
+                converted=before == "convert",
+                padded=before in ("dynamic-update-slice", "pad"),
+                sliced=self.sliced(computation, instruction, k, len(operands)),
+            )
+
+    def sliced(
+        self, computation: Computation, made: Instruction, element: int, elements: int
+    ) -> bool:
+        """Whether every use of a result starts by cutting a slice out of it."""
+        pending = list(computation.users.get(made.name, ()))
+        if elements > 1:
+            pending = [u for u in pending if u.attribute("index") == str(element)]
+        seen = {made.name}
+        cut = False
+        while pending:
+            user = pending.pop()
+            if user.name in seen:
+                continue
+            if user.opcode == "dynamic-slice":
+                cut = True
+            elif user.opcode in MOVES or user.opcode.endswith("-done"):
+                if user.root:
+                    return False
+                seen.add(user.name)
+                pending += computation.users.get(user.name, ())
+            elif user.opcode == "fusion":
+                inside = self.module.computations[user.called[0]]
+                slots = [k for k, o in enumerate(user.operands) if o in seen]
+                if not all(_slot_sliced(inside, slot) for slot in slots):
+                    return False
+                cut = True
+            else:
+                return False
+        return cut
+
+
+def _op_name(instruction: Instruction) -> str:
+    return "".join(_OP_NAME.findall(instruction.attributes)[:1])
+
+
+def _of_several(op_name: str, element: int, elements: int) -> str:
+    """Of the names `(a:b)` of ops that were combined, the one at `element`."""
+    found = re.match(r"(.*?/)\((.*:.*)\)$", op_name)
+    parts = found[2].split(":") if found else []
+    if found and len(parts) == elements:
+        return f"{found[1]}{parts[element]}"
+    return op_name
+
+
+def _part(computation: Computation, made: Instruction, element: int) -> Instruction:
+    """What takes one array out of several: it carries the name of its own op."""
+    for user in computation.users.get(made.name, ()):
+        if user.attribute("index") == str(element):
+            return user
+    return replace(made, attributes="")
+
+
+def _used_by(computation: Computation, made: Instruction) -> str:
+    for _ in range(len(computation.instructions)):
+        users = computation.users.get(made.name, [])
+        if len(users) != 1 or users[0].opcode not in MOVES | {"dynamic-slice"}:
+            return _op_name(users[0]) if users else ""
+        made = users[0]
+    return ""
+
+
+def _feeder(computation: Computation, name: str) -> tuple[str, int] | None:
+    element = 0
+    while (instruction := computation.instructions.get(name)) is not None:
+        opcode = instruction.opcode.removesuffix("-start").removesuffix("-done")
+        if opcode in KINDS and not instruction.opcode.endswith("-done"):
+            return instruction.name, element
+        if instruction.opcode == "get-tuple-element":
+            element = int(instruction.attribute("index"))
+        elif opcode not in MOVES | {"dynamic-slice"} and opcode not in KINDS:
+            return None
+        name = instruction.operands[0]
+    return None
+
+
+def _slot_sliced(inside: Computation, slot: int) -> bool:
+    pending = [inside.parameters()[slot]]
+    while pending:
+        for user in inside.users.get(pending.pop().name, ()):
+            if user.opcode in MOVES:
+                pending.append(user)
+            elif user.opcode != "dynamic-slice":
+                return False
+    return True

@@ -1,0 +1,190 @@
+"""The properties every random program must have, held against XLA.
+
+Many programs share one compilation: it is what takes the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from fuzz.build import Built, build, strategy_of
+from fuzz.describe import Case
+from jax.sharding import AxisType, NamedSharding
+
+import autoshard as ash
+from autoshard.ir.errors import InfeasibleError
+from autoshard.plan.schema import Plan
+from autoshard.plan.sharded import ShardedProgram
+from autoshard.propagate import propagate
+
+RELATIVE = 1e-5
+ABSOLUTE = 2e-6
+"""Rounding of inputs near one that cancel: no result is asked for less than this."""
+
+FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+"""Compiles in half the time; the partitioner does not read them."""
+
+
+@dataclass
+class Ready:
+    """A case with its plan, ready to be compiled."""
+
+    case: Case
+    built: Built
+    plan: Plan
+    parallel: Any
+    dropped: tuple[str, ...]
+    sharded: ShardedProgram
+
+
+@dataclass
+class Verdict:
+    """What was found about one case; no failures is a pass."""
+
+    case: Case
+    failures: list[str] = field(default_factory=list)
+    worst: float = 0.0
+    noisy: bool = False
+
+
+def prepare(case: Case) -> Ready:
+    """Plans a case.
+
+    Where a dim does not divide, rules are emptied from the last on until all do.
+    """
+    built = build(case)
+    cluster = ash.cluster(f"cpu:{case.chips}")
+    kept, dropped = case, []
+    seen: list[ShardedProgram] = []
+
+    def recorded(*args: Any) -> ShardedProgram:
+        seen.append(propagate(*args))
+        return seen[-1]
+
+    while True:
+        try:
+            with mock.patch("autoshard.search.finish.propagate", recorded):
+                plan = ash.search(
+                    built.fn, *built.given, cluster=cluster, strategy=strategy_of(kept)
+                )
+            break
+        except InfeasibleError:
+            if kept.storage:
+                kept = replace(kept, storage={})
+                dropped.append("storage")
+                continue
+            full = [name for name, axes in kept.rules.items() if axes]
+            if not full:
+                raise
+            kept = replace(kept, rules={**kept.rules, full[-1]: []})
+            dropped.append(full[-1])
+    parallel = ash.parallelize(built.fn, plan, *built.given)
+    return Ready(case, built, plan, parallel, tuple(dropped), seen[-1])
+
+
+def run_together(ready: Sequence[Ready]) -> list[Verdict]:
+    """Compiles cases with one device count together, runs and compares them."""
+    args = [r.built.args for r in ready]
+    shapes = jax.tree.map(jax.typeof, args)
+    sharded = jax.jit(
+        lambda given: [r.parallel.jitted(*a) for r, a in zip(ready, given, strict=True)],
+        in_shardings=([r.parallel.in_shardings for r in ready],),
+        out_shardings=[r.parallel.out_shardings for r in ready],
+    )
+    plain = jax.jit(
+        lambda given: [r.built.fn(*a) for r, a in zip(ready, given, strict=True)]
+    )
+    compiled = sharded.lower(shapes).compile(compiler_options=FAST)
+    reference = plain.lower(shapes).compile(compiler_options=FAST)
+    got = compiled(args)
+    want = reference(args)
+    verdicts = [Verdict(r.case) for r in ready]
+    for verdict, r, a, b in zip(verdicts, ready, got, want, strict=True):
+        _compare(verdict, a, b)
+        _check_shapes(verdict, r, compiled, a)
+    if any(v.failures for v in verdicts):
+        _excuse_noise(verdicts, ready, reference, args, want)
+    return verdicts
+
+
+def _difference(got: Any, want: Any) -> tuple[float, float]:
+    """The largest difference of two arrays, and the largest that is rounding."""
+    if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
+        got, want = jax.random.key_data(got), jax.random.key_data(want)
+    a, b = np.asarray(got), np.asarray(want)
+    assert a.dtype == b.dtype and a.shape == b.shape, (a.dtype, b.dtype)
+    if not a.size:
+        return 0.0, 1.0
+    if a.dtype != np.float32:
+        return float((a != b).any()), 0.5
+    size = float(np.abs(b).max())
+    return float(np.abs(a - b).max()), RELATIVE * size + ABSOLUTE
+
+
+def _compare(verdict: Verdict, got: Any, want: Any) -> None:
+    for k, (a, b) in enumerate(
+        zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    ):
+        difference, allowed = _difference(a, b)
+        ratio = difference / allowed
+        verdict.worst = max(verdict.worst, ratio)
+        if not ratio <= 1:
+            verdict.failures.append(
+                f"result {k} {b.dtype}{list(b.shape)} differs by {difference:.3g}, "
+                f"{ratio:.3g} times what is allowed"
+            )
+
+
+def _excuse_noise(
+    verdicts: list[Verdict],
+    ready: Sequence[Ready],
+    reference: Any,
+    args: list[Any],
+    want: list[Any],
+) -> None:
+    """A result that moves as much when the inputs are rounded differently is noise."""
+    rng = np.random.default_rng(0)
+
+    def shaken(x: Any) -> Any:
+        if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+            return x
+        return x * (1 + rng.choice([-1, 0, 1], x.shape).astype(np.float32) * 2**-22)
+
+    moved = [0.0] * len(ready)
+    for _ in range(3):
+        again = reference([jax.tree.map(shaken, a) for a in args])
+        for k, (a, b) in enumerate(zip(again, want, strict=True)):
+            probe = Verdict(ready[k].case)
+            _compare(probe, a, b)
+            moved[k] = max(moved[k], probe.worst)
+    for verdict, most in zip(verdicts, moved, strict=True):
+        verdict.noisy = bool(verdict.failures) and verdict.worst <= 4 * most
+
+
+def local_shape(
+    shape: Sequence[int], dims: Sequence[Sequence[str]], sizes: dict[str, int]
+) -> tuple[int, ...]:
+    """What one device holds of an array of this shape under a spec."""
+    parts = [math.prod(sizes[a] for a in dim) for dim in dims]
+    return tuple(-(-n // p) for n, p in zip(shape, parts, strict=True))
+
+
+def _check_shapes(verdict: Verdict, ready: Ready, compiled: Any, got: Any) -> None:
+    """Local shapes of results as the plan says, device by device."""
+    plan = ready.plan
+    for k, (leaf, spec) in enumerate(
+        zip(jax.tree.leaves(got), plan.outputs, strict=True)
+    ):
+        wanted = local_shape(leaf.shape, spec.dims, plan.sizes)
+        found = {shard.data.shape for shard in leaf.addressable_shards}
+        if found != {wanted}:
+            verdict.failures.append(f"result {k} lies as {found}, planned {wanted}")
