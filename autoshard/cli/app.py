@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from autoshard.cli import lists, planning, running
+from autoshard.cli import lists, planning, rules, running
 from autoshard.cli.output import fail
 from autoshard.ir.errors import AutoshardError
 from autoshard.ir.version import VERSION
@@ -91,3 +91,6 @@ app.command(
 app.command(epilog=_examples("models", "models --json"))(lists.models)
 app.command(epilog=_examples("clusters", "clusters --json"))(lists.clusters)
 app.command(epilog=_examples("strategies", "strategies --json"))(lists.strategies)
+app.command(epilog=_examples("rules", "rules --family window", "rules --json"))(
+    rules.rules
+)

@@ -113,7 +113,7 @@ def explain(
         typer.Option(
             "--tensor",
             metavar="PATH|FILE:LINE",
-            help="Show one tensor in depth, or what a source line makes, and where its "
+            help="Show one tensor in depth, or what a source line makes, and where the "
             "axes came from, op by op.",
         ),
     ] = None,
@@ -126,13 +126,13 @@ def explain(
     """Show every tensor and every collective of a plan, and where its time goes."""
     from autoshard import report
     from autoshard.plan.files import check_writable, load_plan, write_atomically
-    from autoshard.report import table
+    from autoshard.report import depth, table
 
     if html is not None:
         check_writable(html)
     loaded = load_plan(plan)
     if tensor is not None:
-        document, view = report.explain_tensor(loaded, tensor), table.tensor_view
+        document, view = report.explain_tensor(loaded, tensor), depth.depth_view
     else:
         document, view = report.explain(loaded), table.whole
     if html is not None:

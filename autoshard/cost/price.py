@@ -17,7 +17,7 @@ import numpy as np
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
-from autoshard.ir.program import Op, Program
+from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import OUTPUT, Dims, Exchange, Reshard, ShardedProgram
 
@@ -200,7 +200,9 @@ class Pricer:
             self.sharded.factor_axes,
             strict=True,
         ):
-            if rule.op_kind in ("link", "data", "collective"):
+            if rule.op_kind in ("link", "data", "collective") or (
+                op.primitive == BARRIER
+            ):
                 continue
             repeats = work.runs[op.index] * (1.0 if work.update[op.index] else cuts)
             moved = self._op_bytes(op, rule, axes, meshes, cuts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from autoshard.ir.program import LINK, Program
+from autoshard.ir.program import BARRIER, LINK, Program
 from autoshard.ir.trace import Traced
 from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.plan.sharded import DimClasses
@@ -130,6 +130,12 @@ def _lifetimes(traced: Traced) -> tuple[tuple[int, ...], tuple[int, ...]]:
                 until = max(until, last_op[region])
                 region = program.regions[region].parent
             death[v] = max(death[v], until)
+    for op in reversed(program.ops):
+        if op.primitive == BARRIER:  # its results are its operands
+            for v, result in zip(op.inputs, op.outputs, strict=True):
+                birth[result] = -2
+                if v >= 0:
+                    death[v] = max(death[v], death[result])
     for op in program.ops:
         if op.primitive == LINK and op.params["kind"] == "carry":
             # What a loop carries on is written over what it carried in.

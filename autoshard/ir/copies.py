@@ -242,8 +242,7 @@ class Finder:
         if taken is None or made is None:
             return None
         primitive = flat.primitive[start:stop].reshape(count, period)
-        regions = self._same_region(start, stop, period)
-        if not (_even(primitive) and regions.all() and self._closed(start, period)):
+        if not (_even(primitive) and self._closed(start, period)):
             return None
         if not (_even(flat.kind[taken]) and _even(flat.kind[made])):
             return None

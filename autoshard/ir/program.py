@@ -23,6 +23,7 @@ import numpy as np
 
 from autoshard.ir import _jaxcompat
 from autoshard.ir.build import Builder
+from autoshard.ir.values import BARRIER as BARRIER
 from autoshard.ir.values import LINK as LINK
 from autoshard.ir.values import Op as Op
 from autoshard.ir.values import Program as Program

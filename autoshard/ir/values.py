@@ -12,6 +12,9 @@ from autoshard.ir import _jaxcompat
 
 LINK = "link"
 
+BARRIER = "optimization_barrier"
+"""The primitive that orders work: its results are its operands."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:

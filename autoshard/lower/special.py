@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from autoshard.ir import _jaxcompat
@@ -176,12 +177,10 @@ def _lookup(
     out = pinned(pinned(out, "sum0"), "out0")
     table, indices = values
     numbers = params["dimension_numbers"]
-    last = jnp.array(
-        [table.shape[d] - params["slice_sizes"][d] for d in numbers.start_index_map],
-        # A table longer than the index type reaches cannot be left.
-        jnp.promote_types(indices.dtype, jnp.int32),
-    )
-    inside = jnp.all((indices >= 0) & (indices <= last), axis=-1)
+    last = [table.shape[d] - params["slice_sizes"][d] for d in numbers.start_index_map]
+    # No index of a narrow type leaves a long table.
+    reach = np.minimum(last, np.iinfo(indices.dtype).max).astype(indices.dtype)
+    inside = jnp.all((indices >= 0) & (indices <= reach), axis=-1)
     at = [d for d in range(out.ndim) if d not in numbers.offset_dims]
     inside = jax.lax.broadcast_in_dim(inside, out.shape, at)
     return [jnp.where(inside, out, _filler(out.dtype, eqn.params["fill_value"]))]

@@ -27,6 +27,10 @@ class Ragged:
             starts.tolist() if isinstance(starts, np.ndarray) else list(starts)
         )
 
+    def mapped(self, table: dict[int, int]) -> Ragged:
+        """The same rows with each number replaced; 0 for one the table lacks."""
+        return Ragged([table.get(n, 0) for n in self._flat], self._starts)
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from autoshard.plan.base import PlanSpec, Record
 
 
@@ -101,10 +103,11 @@ class TrailDim(Record):
     """Where the axes of one dim came from.
 
     Attributes:
-        axes: The axes.
-        step: Index of the step the dim takes them from, or None where they began.
+        axes: The axes, without those of one device.
+        step: Index of the step the dim takes them from, or None where all began here.
         dim: Which dim of that step.
-        origin: The annotation, rule or decision, where they began.
+        origin: The annotation, rule or decision behind the axes that began here: those
+            that the step before does not have.
     """
 
     axes: tuple[str, ...]
@@ -131,3 +134,12 @@ class TrailStep(Record):
     address: str
     shape: tuple[int, ...]
     dims: tuple[TrailDim | None, ...]
+
+
+def numberless(path: str) -> str:
+    """A path with its numbers left out: the same for all copies of a block.
+
+    >>> numberless("params/blocks/12/mlp/up")
+    'params/blocks/#/mlp/up'
+    """
+    return re.sub(r"\d+", "#", path)

@@ -6,12 +6,12 @@ which read it, so that neither has to know the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from autoshard.ir.mesh import canonical_axis
 from autoshard.ir.ties import Blocks
 from autoshard.ir.trace import Traced
+from autoshard.plan.ragged import Ragged
 from autoshard.plan.schema import Strategy
 from autoshard.rules import FactorRule
 
@@ -84,8 +84,8 @@ class DimClasses:
     """
 
     rules: tuple[FactorRule, ...]
-    of_value: Sequence[tuple[int, ...]]
-    of_factor: Sequence[tuple[int, ...]]
+    of_value: Ragged
+    of_factor: Ragged
     names: dict[int, tuple[str, ...]]
     blocks: Blocks
     origins: dict[tuple[int, str], str] = field(default_factory=dict)

@@ -14,9 +14,9 @@ than summed everywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from autoshard.ir.program import LINK, Op
+from autoshard.ir.program import BARRIER, LINK, Op, Program
 from autoshard.ir.trace import Traced
 from autoshard.plan.sharded import (
     OUTPUT,
@@ -42,6 +42,19 @@ from autoshard.rules import FactorRule
 
 _INWARDS = ("slice", "carry_out", "branch_in")
 """Links whose target takes the spec of its source."""
+
+
+_NAMED = frozenset({BARRIER, "autoshard_annotate", "sharding_constraint", "reshard"})
+"""Primitives that are treated in a way of their own, beyond their rule."""
+
+
+def _has_gaps(program: Program, op: Op, rule: FactorRule) -> bool:
+    """Whether some dim of a result, longer than one, has no factor of its own."""
+    return any(
+        not dim and size > 1
+        for value, dims in zip(op.outputs, rule.results, strict=True)
+        for dim, size in zip(dims, program.values[value].shape, strict=True)
+    )
 
 
 def propagate(traced: Traced, classes: DimClasses, layout: Layout) -> ShardedProgram:
@@ -70,6 +83,7 @@ class _Outcome:
         free: Results that are made of constants only.
         reshards: `(slot number, is result, source, unreduced, target)`.
         pins: Slots to pin.
+        states: What later ops see of each result, see `_state_of`.
     """
 
     axes: Dims
@@ -78,6 +92,7 @@ class _Outcome:
     free: tuple[int, ...]
     reshards: tuple[tuple[int, bool, Dims, tuple[str, ...], Dims], ...]
     pins: tuple[str, ...]
+    states: tuple[int, ...] = ()
 
 
 @dataclass
@@ -93,11 +108,14 @@ class _Propagation:
     factor_axes: list[Dims] = field(default_factory=list)
     exchanges: list[Exchange] = field(default_factory=list)
     outcomes: dict[object, _Outcome] = field(default_factory=dict)
+    state: list[int] = field(default_factory=list)
+    states: dict[object, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.program = self.traced.program
         self.wants = Wants(self.traced, self.classes, self.layout)
         self.specs = [None] * len(self.program.values)
+        self.state = [-1] * len(self.program.values)
         self.sums: Sums = find_sums(self.program, self.classes, self.wants)
 
     # -- the pass ----------------------------------------------------------------
@@ -105,6 +123,8 @@ class _Propagation:
     def run(self) -> ShardedProgram:
         program, rules = self.program, self.classes.rules
         compute = self._place_inputs()
+        for value in program.inputs:
+            self.state[value] = self._state_of(value)
         self.targets = gradient_targets(
             program,
             rules,
@@ -112,6 +132,7 @@ class _Propagation:
             gradient_dims=self._gradient_dims,
             plain_dims=self.wants.value_dims,
         )
+        self.odd = self._odd_ops()
         for op in program.ops:
             self._visit(op, rules[op.index])
         for v in range(len(program.values)):
@@ -183,53 +204,93 @@ class _Propagation:
     # -- one op ------------------------------------------------------------------
 
     def _visit(self, op: Op, rule: FactorRule) -> None:
-        specs, stored, free = self.specs, self.stored, self.free
-        view = []
+        state, outputs, index = self.state, op.outputs, op.index
+        seen = []
         for v in op.inputs:
             if v < 0:
-                view.append(None)
+                seen.append(-2)
                 continue
-            spec = specs[v]
-            if spec is None:
-                spec = specs[v] = self.wants.value_dims(v, None)
-            view.append((spec, v in stored, v in free))
-        of_value, fixed = self.classes.of_value, self.classes.fixed
-        index = op.index
-        role = self.sums.role.get(index)
+            if state[v] < 0:
+                self.specs[v] = self.wants.value_dims(v, None)
+                state[v] = self._state_of(v)
+            seen.append(state[v])
+        name = op.primitive
         key = (
             id(rule),
-            self.classes.of_factor[index],
-            tuple(view),
-            tuple(
-                (
-                    of_value[v],
-                    specs[v],
-                    v in stored,
-                    v in self.wants.activations,
-                    self.targets.get(v),
-                    fixed.dims.get(v),
-                    self.program.values[v].shape,
-                )
-                for v in op.outputs
-            ),
-            fixed.factors.get(index),
-            op.region in self.wants.manual,
-            role,
-            self._end_of(role) if role else None,
-            op.params.get("kind") if op.primitive == LINK else op.primitive,
+            self.wants.wish_of_factor[index],
+            op.params["kind"] if name == LINK else name if name in _NAMED else "",
+            outputs[0] in self.wants.activations if outputs else False,
+            *seen,
+            *[state[v] for v in outputs],
         )
-        one_off = (
-            op.params["path"]
-            if op.primitive == "autoshard_annotate" and op.params["role"]
-            else str(op.params["names"])
-            if op.params.get("kind") in ("manual_in", "manual_out")
-            else None
-        )
-        outcome = self.outcomes.get((key, one_off))
+        if index in self.odd:
+            key = (key, self._more(op, rule))
+        outcome = self.outcomes.get(key)
         if outcome is None:
             outcome = self._decide(op, rule)
-            self.outcomes[key, one_off] = outcome
-        self._apply(op, rule, outcome)
+            self._apply(op, rule, outcome)
+            states = tuple([self._state_of(v) for v in outputs])
+            outcome = replace(outcome, states=states)
+            self.outcomes[key] = outcome
+        else:
+            self._apply(op, rule, outcome)
+        for v, number in zip(outputs, outcome.states, strict=True):
+            state[v] = number
+
+    def _odd_ops(self) -> set[int]:
+        """Ops of which an outcome hangs on more than what they are and see."""
+        program, rules = self.program, self.classes.rules
+        if self.classes.fixed.dims or self.wants.manual:
+            return set(range(len(program.ops)))
+        some = {id(rule): i for i, rule in enumerate(rules)}
+        gaps = {
+            number
+            for number, i in some.items()
+            if _has_gaps(program, program.ops[i], rules[i])
+        }
+        odd = {i for i, rule in enumerate(rules) if id(rule) in gaps}
+        odd.update(self.sums.role)
+        odd.update(program.values[v].producer for v in self.targets)
+        odd.update(
+            op.index
+            for op in program.ops
+            if op.primitive == "autoshard_annotate" and op.params["role"]
+        )
+        return odd
+
+    def _more(self, op: Op, rule: FactorRule) -> object:
+        """What else an outcome hangs on, for the few ops where it does."""
+        index, fixed, targets = op.index, self.classes.fixed, self.targets
+        more: list[object] = []
+        role = self.sums.role.get(index)
+        if role is not None:
+            more += [role, self._end_of(role)]
+        if fixed.dims:
+            more.append(fixed.factors.get(index))
+            more += [fixed.dims.get(v) for v in op.outputs]
+        for v in op.outputs:
+            if v in targets:
+                more += [v - op.outputs[0], targets[v]]
+        if self.wants.manual and op.region in self.wants.manual:
+            more.append("manual")
+        if _has_gaps(self.program, op, rule):  # what is wanted there, no factor tells
+            more += [self.wants.wish_of_value[v] for v in op.outputs]
+            more += [self.program.values[v].shape for v in op.outputs]
+        if op.primitive == "autoshard_annotate" and op.params["role"]:
+            more.append(op.params["path"])
+        elif op.primitive == LINK and "names" in op.params:
+            more.append(str(op.params["names"]))
+        return tuple(more)
+
+    def _state_of(self, value: int) -> int:
+        """A number for all that ops see of a value."""
+        key = (
+            self.specs[value],
+            value in self.stored,
+            value in self.free,
+            value in self.wants.activations,
+        )
+        return self.states.setdefault(key, len(self.states))
 
     def _apply(self, op: Op, rule: FactorRule, outcome: _Outcome) -> None:
         self.factor_axes.append(outcome.axes)
@@ -246,7 +307,8 @@ class _Propagation:
             self.reshards.append(
                 Reshard(op.index, slot, value, source, unreduced, target, at_once)
             )
-        self.pins += [(op.index, slot) for slot in outcome.pins]
+        for slot in outcome.pins:
+            self.pins.append((op.index, slot))
         if rule.halos:
             self.exchanges += between_neighbours(op, rule, outcome.axes)
         elif rule.op_kind == "collective":
@@ -266,7 +328,7 @@ class _Propagation:
                 needed = names
             else:
                 natural = [names]
-        elif op.primitive == "optimization_barrier":
+        elif op.primitive == BARRIER:
             return self._barrier(op, rule)
         elif op.index in self.sums.role:
             axes = self.sums.role[op.index].factor_axes
@@ -400,8 +462,14 @@ class _Propagation:
                 free.append(k)
             elif unreduced or made != spec:
                 reshards.append((k, True, made, unreduced, spec))
-            elif op.primitive == LINK and (
-                k in kept or value in self.stored or self.wants.is_residual(value, spec)
+            elif (
+                op.primitive == LINK
+                and op.region not in self.wants.manual
+                and (
+                    k in kept
+                    or value in self.stored
+                    or self.wants.is_residual(value, spec)
+                )
             ):
                 # Keeps the partitioner from gathering the whole stack up front, or
                 # from keeping the gathered form of what a layer saves.

@@ -118,9 +118,9 @@ class DimGraph:
                 if v < 0:
                     mask |= 1 << k
             grouped[id(rules[op.index]), mask, len(op.inputs)].append(op.index)
-        self._groups = list(grouped.values())
+        self.groups = list(grouped.values())
 
-    def _slots(
+    def slots(
         self, group: list[int]
     ) -> tuple[FactorRule, Ints, list[list[tuple[int, int]]]]:
         """The rule of a group, its values int[op, slot], and per factor the dims."""
@@ -142,8 +142,8 @@ class DimGraph:
     def edges(self) -> tuple[Ints, Ints, Ints]:
         """`(node, node, op)` for every pair of dims that an op ties."""
         left, right, which = [], [], []
-        for group in self._groups:
-            _, values, places = self._slots(group)
+        for group in self.groups:
+            _, values, places = self.slots(group)
             ops = np.array(group, dtype=np.int64)
             for dims in places:
                 if len(dims) < 2:
@@ -178,8 +178,8 @@ class DimGraph:
         )
         starts = np.concatenate([[0], np.cumsum(counts)])
         flat = np.full(int(starts[-1]), -1, dtype=np.int64)
-        for group in self._groups:
-            _, values, places = self._slots(group)
+        for group in self.groups:
+            _, values, places = self.slots(group)
             begin = starts[np.array(group, dtype=np.int64)]
             for f, dims in enumerate(places):
                 if dims:
@@ -215,7 +215,7 @@ def _names(
     lead = []
     for op in program.ops:
         if op.primitive == "autoshard_annotate" and op.params["names"] is not None:
-            origin = f"annotate at {op.source or op.address}"
+            origin = f"{op.params['kind']} at {op.source or op.address}"
             give(op.outputs[0], op.params["names"], origin)
         elif op.primitive == LINK and op.params["lead"]:
             lead.append(op)

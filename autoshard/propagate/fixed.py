@@ -15,8 +15,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autoshard.ir.mesh import canonical_axis
 from autoshard.ir.program import LINK, Op
+from autoshard.ir.seeds import Seed
 from autoshard.ir.trace import Traced
 from autoshard.plan.sharded import Conflict, Dims, Fixed
 from autoshard.rules import FactorRule
@@ -79,7 +79,8 @@ class _Fixpoint:
             v: info.state
             for v, info in zip(self.program.inputs, self.traced.inputs, strict=True)
         }
-        for seed in self.traced.seeds:
+        for given in self.traced.seeds:
+            seed = given.canonical(self.aliases)
             self._seed(seed.value, seed.dims, seed.origin)
         for op in self.program.ops:
             kind = op.params.get("kind") if op.primitive == LINK else None
@@ -87,19 +88,21 @@ class _Fixpoint:
                 outer = op.inputs[0] if kind == "manual_in" else op.outputs[0]
                 if outer >= 0:
                     names = tuple(tuple(n) or None for n in op.params["names"])
-                    self._seed(outer, names, f"shard_map at {op.source}")
+                    origin = f"shard_map at {op.source}"
+                    self._seed(
+                        outer,
+                        Seed(outer, names, "shard_map", origin)
+                        .canonical(self.aliases)
+                        .dims,
+                        origin,
+                    )
 
     # -- seeds -------------------------------------------------------------------
 
     def _seed(self, value: int, dims: Sequence[Entry], origin: str) -> None:
         number = len(self.origins)
         self.origins.append(origin)
-        entries: list[Entry] = [
-            None
-            if dim is None
-            else tuple(canonical_axis(a, self.aliases, origin) for a in dim)
-            for dim in dims
-        ]
+        entries: list[Entry] = list(dims)
         state = self.inputs.get(value)
         if state in ("params", "optimizer"):
             self.storage.setdefault(value, tuple(dim or () for dim in entries))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from autoshard.ir.program import LINK, Op, Program
+from autoshard.ir.program import BARRIER, LINK, Op, Program
 from autoshard.plan.sharded import Dims
-from autoshard.propagate.project import factors_from, natural_dims, runs_with
+from autoshard.propagate.project import factors_from, natural_dims, runs_with, spec_of
 from autoshard.rules import FactorRule
 
 
@@ -41,6 +41,7 @@ def gradient_targets(
     targets: dict[int, Dims] = {}
     met = _optimizer_ops(program, rules, stored)
     inputs = set(program.inputs)
+    ways_back: dict[tuple[int, Dims], tuple[Dims, ...]] = {}
     for op, rule in zip(reversed(program.ops), reversed(rules), strict=True):
         if op.primitive == "autoshard_annotate" and op.params["role"]:
             targets.setdefault(op.inputs[0], gradient_dims(op))
@@ -48,16 +49,26 @@ def gradient_targets(
         wanted = targets.get(op.outputs[0]) or met.get(op.index)
         if wanted is None or rule.op_kind not in ("elementwise", "move", "link"):
             continue
+        if op.primitive == BARRIER:
+            continue
         if op.primitive == LINK and op.params["kind"] != "stack":
             continue  # what a loop carries has one spec, inside and out
-        axes = factors_from(rule, rule.results[0], wanted)
-        if natural_dims(rule, axes)[0] != wanted:
-            continue
-        for value, dims in zip(op.inputs, rule.operands, strict=True):
+        key = (id(rule), wanted)
+        back = ways_back.get(key)
+        if back is None:
+            back = ways_back[key] = _back(rule, wanted)
+        for value, dims in zip(op.inputs, back, strict=False):
             if value >= 0 and dims and value not in inputs:
-                back = tuple(axes[dim[0]] if dim else () for dim in dims)
-                targets.setdefault(value, back)
+                targets.setdefault(value, dims)
     return {v: dims for v, dims in targets.items() if dims != plain_dims(v, dims)}
+
+
+def _back(rule: FactorRule, wanted: Dims) -> tuple[Dims, ...]:
+    """Specs of the operands of which the wanted result is made; none if it is not."""
+    axes = factors_from(rule, rule.results[0], wanted)
+    if natural_dims(rule, axes)[0] != wanted:
+        return ()
+    return tuple(spec_of(dims, axes) for dims in rule.operands)
 
 
 def _optimizer_ops(
@@ -69,20 +80,37 @@ def _optimizer_ops(
     only matters beyond the mark.
     """
     stored = dict(inputs)
+    ways_on: dict[tuple[int, int, Dims], list[Dims] | None] = {}
     found: dict[int, Dims] = {}
     for op, rule in zip(program.ops, rules, strict=True):
         if rule.op_kind not in ("elementwise", "link"):
             continue
+        if op.primitive == BARRIER:
+            # Each operand passes by itself, and meets nothing.
+            pairs = zip(op.inputs, op.outputs, strict=True)
+            stored.update({r: stored[v] for v, r in pairs if v in stored})
+            continue
         mine = [v for v in op.inputs if v in stored]
         if not mine:
             continue
-        most = max(mine, key=lambda v: sum(len(d) for d in stored[v]))
+        most = mine[0]
+        if len(mine) > 1:
+            most = max(mine, key=lambda v: sum(len(d) for d in stored[v]))
         slot = op.inputs.index(most)
-        if not runs_with(rule, slot, stored[most]):
+        key = (id(rule), slot, stored[most])
+        if key not in ways_on:
+            ways_on[key] = _on(rule, slot, stored[most])
+        natural = ways_on[key]
+        if natural is None:
             continue
-        axes = factors_from(rule, rule.operands[slot], stored[most])
-        natural = natural_dims(rule, axes)
         stored.update(zip(op.outputs, natural, strict=True))
         if rule.op_kind == "elementwise":
             found[op.index] = natural[0]
     return found
+
+
+def _on(rule: FactorRule, slot: int, spec: Dims) -> list[Dims] | None:
+    """Specs of the results, if the op can run with an operand as it is stored."""
+    if not runs_with(rule, slot, spec):
+        return None
+    return natural_dims(rule, factors_from(rule, rule.operands[slot], spec))

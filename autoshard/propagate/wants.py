@@ -50,6 +50,9 @@ class Wants:
         self._embed_like = {c for c, n in named.items() if "embed" in n}
         self._layer_like = {c for c, n in named.items() if LAYERS in n}
         self.manual = self._manual_regions()
+        wishes = self._wishes()
+        self.wish_of_value = classes.of_value.mapped(wishes)
+        self.wish_of_factor = classes.of_factor.mapped(wishes)
         self._value_memo: dict[object, Dims] = {}
 
     def _read_rules(self) -> None:
@@ -70,6 +73,24 @@ class Wants:
             for _, other, lost in found[1:]:
                 if other != axes:
                     self._rules_meet(cls, kept, axes, lost, other)
+
+    def _wishes(self) -> dict[int, int]:
+        """A number per class, the same for classes of which the same is wanted.
+
+        All that is decided of a dim depends on it, so the copies of a layer, whose
+        dims are in classes of their own, have their decisions in common.
+        """
+        numbers: dict[object, int] = {(None, None, False, False): 0}
+        found = {}
+        for cls in {*self.strong, *self.weak, *self._embed_like, *self._layer_like}:
+            wish = (
+                self.strong.get(cls),
+                self.weak.get(cls),
+                cls in self._embed_like,
+                cls in self._layer_like,
+            )
+            found[cls] = numbers.setdefault(wish, len(numbers))
+        return found
 
     def _rules_meet(self, cls: int, kept: str, axes: Axes, lost: str, no: Axes) -> None:
         origins = self.classes.origins
@@ -138,10 +159,9 @@ class Wants:
             natural: What the op that makes it makes, where that is known.
         """
         record = self.program.values[value]
-        classes = self.classes.of_value[value]
         active = value in self.activations
         key = (
-            classes,
+            self.wish_of_value[value],
             record.shape,
             self.classes.fixed.dims.get(value),
             active,

@@ -10,17 +10,16 @@ from rich.text import Text
 
 from autoshard.plan.schema import Plan
 from autoshard.report.explain import MEMORY_PARTS, Document, explain
-from autoshard.report.table import (
-    heading,
+from autoshard.report.story import story_lines
+from autoshard.report.table import heading, new_table, split_paths
+from autoshard.report.units import bytes_text, percent_text, seconds_text
+from autoshard.report.words import (
     mesh_text,
-    new_table,
     shape_text,
     some_text,
     source_text,
     spec_text,
-    split_paths,
 )
-from autoshard.report.units import bytes_text, percent_text, seconds_text
 
 TENSOR_FIELDS = ("shape", "dtype", "storage", "compute", "bytes_per_device")
 """What is compared of a tensor, besides its logical axes."""
@@ -84,6 +83,9 @@ def _policy(left: Document, right: Document) -> list[Document]:
         row(f"storage {state}", *pair)
     for field in left["schedule"]:
         row(field, left["schedule"][field], right["schedule"][field])
+    stories = [dict(story_lines(d)) for d in (left, right)]
+    for name in dict.fromkeys([*stories[0], *stories[1]]):
+        row(name, *(story.get(name, "-") for story in stories))
     return rows
 
 

@@ -30,9 +30,12 @@ def explain(plan: Plan) -> Document:
     Returns:
         A dict with the keys `headline`, `program`, `cluster`, `mesh`, `strategy`,
         `rules`, `storage`, `schedule`, `predicted`, `certificate`, `tensors`,
-        `collectives` (grouped by kind, axes and source line, the slowest first) and
-        `notes`. Times are in seconds, memory in bytes. Axes of one device shard
-        nothing, and are left out everywhere but in `mesh`.
+        `collectives` (grouped by kind, axes and source line, the slowest first),
+        `annotations`, `blocks`, `conflicts`, `delayed`, `replicated` (as in the plan),
+        `constraints` (how many values are `pinned`, of how many `ops`) and `notes`.
+        The trail is not in it: see `explain_tensor`. Times are in seconds, memory in
+        bytes. Axes of one device shard nothing, and are left out everywhere but in
+        `mesh`.
 
     Raises:
         PlanMismatchError: A dim does not divide over the axes that shard it.
@@ -58,6 +61,18 @@ def explain(plan: Plan) -> Document:
         "certificate": plan.certificate.model_dump(mode="json"),
         "tensors": [tensor_row(plan, t) for t in plan.tensors],
         "collectives": collective_groups(plan.predicted),
+        "annotations": plan.annotations.model_dump(mode="json"),
+        "blocks": [b.model_dump(mode="json") for b in plan.blocks],
+        "conflicts": [c.model_dump(mode="json") for c in plan.conflicts],
+        "delayed": [
+            {
+                **d.model_dump(mode="json"),
+                "specs": [[active(plan, dim) for dim in s.dims] for s in d.specs],
+            }
+            for d in plan.delayed
+        ],
+        "replicated": [r.model_dump(mode="json") for r in plan.replicated],
+        "constraints": {"pinned": len(plan.constraints), "ops": plan.program.ops},
         "notes": list(plan.notes),
     }
 

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from autoshard.plan.schema import Plan
-from autoshard.report import table, units
+from autoshard.report import story, table, units, words
 from autoshard.report.explain import explain
 
 
@@ -29,7 +29,12 @@ def _context(plan: Plan) -> dict[str, Any]:
     document = explain(plan)
     return {
         "d": document,
-        "lines": [*table.policy_lines(document), *table.predicted_lines(document)],
+        "lines": [
+            *table.policy_lines(document),
+            *table.predicted_lines(document),
+            *story.story_lines(document),
+        ],
+        "sections": story.sections(document),
     }
 
 
@@ -54,7 +59,7 @@ def _template(name: str) -> Any:
         bytes=units.bytes_text,
         seconds=units.seconds_text,
         percent=units.percent_text,
-        spec=table.spec_text,
-        shape=table.shape_text,
+        spec=words.spec_text,
+        shape=words.shape_text,
     )
     return environment.get_template(f"{name}.html")

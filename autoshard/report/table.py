@@ -7,7 +7,7 @@ path or a note are shown and not read as markup.
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -16,12 +16,21 @@ from rich.text import Text
 
 from autoshard.plan.schema import Plan
 from autoshard.report.explain import Document, explain
+from autoshard.report.story import Section, sections, story_lines
 from autoshard.report.units import (
     bytes_text,
     count_text,
     params_text,
     percent_text,
     seconds_text,
+)
+from autoshard.report.words import (
+    mesh_text,
+    rules_text,
+    shape_text,
+    some_text,
+    source_text,
+    spec_text,
 )
 
 TEXT_WIDTH = 100
@@ -49,13 +58,11 @@ def to_text(renderable: RenderableType, width: int = TEXT_WIDTH) -> str:
 
 
 def whole(document: Document) -> RenderableType:
-    """All of `explain`: the summary, every tensor, every collective, and the notes."""
+    """All of `explain`: the summary, all tables, and the notes."""
     parts = [summary(document), tensors(document), collectives(document)]
+    parts += [section(each) for each in sections(document)]
     if document["notes"]:
-        notes = Table.grid(padding=(0, 1))
-        for note in document["notes"]:
-            notes.add_row("-", Text(note))
-        parts += [heading("Notes"), notes]
+        parts += [heading("Notes"), bullets(document["notes"])]
     return Group(*parts)
 
 
@@ -66,7 +73,7 @@ def summary(document: Document) -> RenderableType:
     grid.add_column()
     for name, text in policy_lines(document):
         grid.add_row(name, Text(text))
-    for name, text in predicted_lines(document):
+    for name, text in [*predicted_lines(document), *story_lines(document)]:
         grid.add_row(name, Text(text))
     bars = Table.grid(padding=(0, 4))
     bars.add_row(time_bars(document), memory_bars(document))
@@ -238,59 +245,25 @@ def collectives(document: Document) -> RenderableType:
     return Group(heading("Collectives of a step, the slowest first"), table)
 
 
-def tensor_view(document: Document) -> RenderableType:
-    """One tensor in depth; `document` is of `explain_tensor`."""
-    d = document
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column()
-    lines = [
-        ("tensor", f"{d['path']} ({d['state']})"),
-        ("shape", f"{shape_text(d['shape'])} {d['dtype']}, {bytes_text(d['bytes_'])}"),
-        (
-            "in memory",
-            f"{spec_text(d['storage'])}: {shape_text(d['local_shape'])} on a device, "
-            f"{bytes_text(d['bytes_per_device'])}",
-        ),
-        (
-            "in compute",
-            f"{spec_text(d['compute'])}: {shape_text(d['local_compute_shape'])} on a "
-            f"device, {bytes_text(d['bytes_per_device_compute'])}",
-        ),
-    ]
-    if d["parameter"]:
-        lines.append(("state of", d["parameter"]))
-    for name, text in lines:
-        grid.add_row(name, Text(text))
-    dims = new_table("dim", "logical", "storage", "compute", "why")
-    for row in d["dims"]:
-        dims.add_row(
-            f"{row['dim']}: {row['size']}",
-            Text(row["logical"] or "-"),
-            Text("+".join(row["storage"]) or "-"),
-            Text("+".join(row["compute"]) or "-"),
-            Text("\n".join(row["why"]) or "whole: no axis is put here"),
-        )
-    parts: list[RenderableType] = [grid, heading("Dims"), dims]
-    if d["unused"]:
-        unused = new_table("axis", "offered by", "not used, because")
-        for row in d["unused"]:
-            unused.add_row(row["axis"], Text(row["offered_by"]), Text(row["reason"]))
-        parts += [heading("Axes offered and not used"), unused]
-    parts.append(heading("Collectives that move it"))
-    if not d["collectives"]:
-        return Group(*parts, Text("none"))
-    moves = new_table("collective", "axes", "runs", "bytes, one run", "time", "at")
-    for c in d["collectives"]:
-        moves.add_row(
-            c["kind"],
-            "+".join(c["axes"]),
-            str(c["count"]),
-            bytes_text(c["bytes_"]),
-            seconds_text(c["time_s"]),
-            Text(f"{source_text(c['source'])}\n{c['address']}"),
-        )
-    return Group(*parts, moves)
+def section(each: Section) -> RenderableType:
+    """One table of how the plan came about, with its lines below."""
+    parts: list[RenderableType] = [heading(each.title)]
+    if each.rows:
+        table = new_table(*each.columns)
+        for row in each.rows:
+            table.add_row(*map(Text, row))
+        parts.append(table)
+    if each.lines:
+        parts.append(bullets(each.lines))
+    return Group(*parts)
+
+
+def bullets(lines: Iterable[str]) -> RenderableType:
+    """One line each, long ones folded."""
+    table = Table.grid(padding=(0, 1))
+    for line in lines:
+        table.add_row("-", Text(line))
+    return table
 
 
 def ranking(plans: list[Plan]) -> RenderableType:
@@ -319,47 +292,6 @@ def ranking(plans: list[Plan]) -> RenderableType:
         "storage: p params, g gradients, o optimizer; mb: microbatches", "dim"
     )
     return Group(table, Text(""), legend)
-
-
-def mesh_text(mesh: list[dict[str, Any]]) -> str:
-    """`data=8 tensor=4`, without axes of one device."""
-    big = [f"{a['axis']}={a['size']}" for a in mesh if a["size"] > 1]
-    return " ".join(big) or "one device"
-
-
-def rules_text(rules: list[dict[str, Any]]) -> str:
-    """`batch -> data; heads -> tensor`."""
-    given = [f"{r['logical']} -> {'+'.join(r['axes'])}" for r in rules if r["axes"]]
-    none = [r["logical"] for r in rules if not r["axes"]]
-    if none:
-        given.append(f"not sharded: {', '.join(none)}")
-    return "; ".join(given) or "none"
-
-
-def spec_text(dims: list[list[str]]) -> str:
-    """`[fsdp, -, tensor]`."""
-    return f"[{', '.join('+'.join(dim) or '-' for dim in dims)}]"
-
-
-def shape_text(shape: list[int]) -> str:
-    """`4096 x 14336`."""
-    return " x ".join(map(str, shape)) or "scalar"
-
-
-def source_text(source: str) -> str:
-    """A source line with the last two parts of its path, which is enough to find it.
-
-    >>> source_text("/home/me/project/model/layers.py:9:4 (mlp)")
-    'model/layers.py:9:4 (mlp)'
-    """
-    path, _, rest = source.partition(":")
-    return "/".join(path.split("/")[-2:]) + (f":{rest}" if rest else "")
-
-
-def some_text(values: list[str], most: int = 3) -> str:
-    """The first few of a list, and how many more there are."""
-    more = f" and {len(values) - most} more" if len(values) > most else ""
-    return ", ".join(values[:most]) + more
 
 
 def new_table(*columns: str) -> Table:

@@ -1,8 +1,7 @@
-"""One tensor of a plan in depth: where each axis came from, and what moves it."""
+"""One tensor or one line in depth: where each axis came from, and what moves it."""
 
 from __future__ import annotations
 
-import difflib
 import math
 
 from autoshard.ir.errors import NameUnknownError
@@ -15,27 +14,44 @@ from autoshard.report.explain import (
     tensor_row,
     ways_of,
 )
+from autoshard.report.provenance import (
+    at_line,
+    find_tensor,
+    is_line,
+    provenance,
+    steps_at,
+    ways,
+)
 
 
-def explain_tensor(plan: Plan, path: str) -> Document:
-    """One tensor: its specs, why each axis is where it is, and why not elsewhere.
+def explain_tensor(plan: Plan, query: str) -> Document:
+    """One tensor, or what a source line makes: its specs, and why each axis is there.
 
     Args:
         plan: Any plan.
-        path: Path of a tensor in the state or the data, such as `params/blocks/q`.
+        query: Path of a tensor in the state or the data, such as `params/blocks/q`, or
+            a source line, such as `model.py:12` or `pkg/model.py:12`.
 
     Returns:
-        The tensor's row in `explain`, and besides: `local_compute_shape`,
+        Of a tensor, its row in `explain`, and besides: `local_compute_shape`,
         `bytes_per_device_compute`, `dims` (per dim its `size`, `logical` name,
         `storage` and `compute` axes, and `why`: a list of sentences), `unused` (axes
         that the policy offers and the tensor does not use, with the reason),
-        `parameter` (for optimizer state, the path of its parameter, else None) and
-        `collectives` (those that move it, or its parameter).
+        `parameter` (for optimizer state, the path of its parameter, else None),
+        `collectives` (those that move it, or its parameter) and `ways` (where the axes
+        of each dim came from, op by op: see `provenance`).
+
+        Of a line, `line`, `values` (the sharded values made there: `what`, `source`,
+        `address`, `shape`, `spec` and `ways`) and `collectives` (those at the line).
 
     Raises:
-        NameUnknownError: The plan has no tensor of this path.
+        NameUnknownError: The plan has no tensor of this path; or nothing sharded is
+            made, and nothing moved, at this line.
+        PlanMismatchError: The trail of the plan is damaged.
     """
-    tensor = _find(plan, path)
+    if is_line(plan, query):
+        return _explain_line(plan, query)
+    tensor = find_tensor(plan, query)
     parameter = _parameter_of(plan, tensor)
     moved = {tensor.path, parameter}
     compute = local_shape(plan, tensor, tensor.compute)
@@ -52,23 +68,36 @@ def explain_tensor(plan: Plan, path: str) -> Document:
             # The value may be a phrase about the path ("gradient of params/q").
             if moved & {c.value, *c.value.split()}
         ],
+        "ways": provenance(plan, query),
     }
 
 
-def _find(plan: Plan, path: str) -> TensorPlan:
-    for tensor in plan.tensors:
-        if tensor.path == path:
-            return tensor
-    paths = [tensor.path for tensor in plan.tensors]
-    inside = [p for p in paths if path.strip("/") and path.strip("/") in p]
-    near = [*inside, *difflib.get_close_matches(path, paths, n=5, cutoff=0.5)]
-    near = list(dict.fromkeys(near))[:5]
-    hint = f"Close to it: {', '.join(near)}." if near else ""
-    raise NameUnknownError(
-        f"the plan has no tensor {path!r}; a full path in the state or the data is "
-        f"required. {hint or 'It has: ' + ', '.join(paths[:10]) + '.'} "
-        "`autoshard explain PLAN` lists all of them."
-    )
+def _explain_line(plan: Plan, query: str) -> Document:
+    collectives = [
+        c.model_dump(mode="json")
+        for c in sorted(plan.predicted.collectives, key=lambda c: -c.time_s)
+        if at_line(c.source, query)
+    ]
+    try:
+        steps = steps_at(plan, query)
+    except NameUnknownError:
+        if not collectives:
+            raise
+        steps = []
+    values = []
+    for k in steps:
+        step = plan.trail[k]
+        values.append(
+            {
+                "what": step.what,
+                "source": step.source,
+                "address": step.address,
+                "shape": list(step.shape),
+                "spec": [list(dim.axes) if dim else [] for dim in step.dims],
+                "ways": ways(plan, k),
+            }
+        )
+    return {"line": query, "values": values, "collectives": collectives}
 
 
 def _parameter_of(plan: Plan, tensor: TensorPlan) -> str | None:

@@ -52,22 +52,25 @@ _LETTERS = "ijklmnopqrstuvwxyzabcdefgh" + string.ascii_uppercase
 class FactorRule:
     """The einsum-like form of one op.
 
-    Dims that share a `pass` or `reduce` factor are of the same size, but for the other
-    factors of a compound dim. Dims that share a `shift` or `blocked` factor need not
-    be: a window shrinks what it slides over, a slice cuts a row off.
+    Dims that share a `pass` factor are of the same size, but for the other factors of a
+    compound dim; so are those of a `reduce` factor without halo. Dims that share a
+    `shift` or `blocked` factor need not be: a window shrinks what it slides over, a
+    slice cuts a row off.
 
     Attributes:
         operands: Factors per dim per operand.
         results: Factors per dim per result.
         sizes: Size of each factor. Where its dims differ it is that of the result if
-            the factor is shifted, and the larger one if it is blocked.
+            the factor is shifted, that of the kernel if it is reduced, and the larger
+            one if it is blocked.
         kinds: Kind of each factor.
         op_kind: See `OpKind`.
         flops_per_point: Floating-point operations per point of the factor space.
         halos: Empty if nothing has a halo; else one per factor, in elements of the
-            operand. A `shift` factor has one, and so may a `reduce` factor: the
-            gradient of a convolution's kernel sums over the places of the input, and
-            each device needs a margin of its neighbours' input.
+            operand that is the largest there. A `shift` factor has one, and so may a
+            `reduce` factor: the gradient of a convolution's kernel sums over the places
+            of the input, and each device needs a margin of its neighbours' input. Of
+            the operands that share a `reduce` factor only the first has the halo.
 
     Raises:
         ValueError: Factors, sizes, kinds and halos do not fit together.

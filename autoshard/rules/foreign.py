@@ -89,8 +89,7 @@ def register_rule(name: str, text: str) -> None:
     >>> register_rule("my_kernel", "b s h, b t h")
     Traceback (most recent call last):
     ...
-    autoshard.ir.errors.InputError: the rule 'b s h, b t h' of 'my_kernel': there is no
-    '->' between operands and results...
+    autoshard.ir.errors.InputError: the rule 'b s h, b t h' of 'my_kernel': there is...
     """
     if name in covered() or name in CALLS:
         whose = (
@@ -273,10 +272,10 @@ def fit(
                 f"it has {len(names)} {what}, but the call at {where} has "
                 f"{len(shapes)}: {', '.join(map(str, shapes))}"
             )
-        for k, (dims, shape) in enumerate(zip(names, shapes, strict=True)):
-            if len(dims) != len(shape):
+        for k, (named, shape) in enumerate(zip(names, shapes, strict=True)):
+            if len(named) != len(shape):
                 pattern.fail(
-                    f"number {k} of its {what} has {len(dims)} dims, but at {where} "
+                    f"number {k} of its {what} has {len(named)} dims, but at {where} "
                     f"the shape is {shape}"
                 )
     sizes = _sizes(pattern, operands, results, where)

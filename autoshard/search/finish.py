@@ -96,7 +96,7 @@ def finish(
         tensors=tuple(_tensors(sharded)),
         outputs=tuple(_outputs(sharded)),
         constraints=constraints(sharded, sizes),
-        notes=(*sharded.notes, *_notes(sharded, sizes)),
+        notes=(*plain.remarks, *sharded.notes, *_notes(sharded, sizes)),
         predicted=predicted,
         certificate=certificate,
         **records(sharded),

@@ -33,7 +33,7 @@ def constraints(
             continue  # the results' own shardings say it
         address = ops[reshard.op].address
         pinned[address, reshard.slot] = reshard.target
-        if _needs_whole(sharded, reshard):
+        if _needs_whole(sharded, reshard, sizes):
             pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
     _pin_foreign(sharded, pinned)
     for index, slot in sharded.pins:
@@ -68,7 +68,14 @@ def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
                 pinned[op.address, f"in{k}"] = spec_of(dims, axes)
 
 
-def _needs_whole(sharded: ShardedProgram, reshard: Reshard) -> bool:
+def _scatters(reshard: Reshard) -> bool:
+    """Whether partial sums end up divided over the axes they are summed over."""
+    return any(axis in dim for dim in reshard.target for axis in reshard.unreduced)
+
+
+def _needs_whole(
+    sharded: ShardedProgram, reshard: Reshard, sizes: dict[str, int]
+) -> bool:
     """Whether a result is pinned as it is made, before it is pinned as it is wanted.
 
     Shown only the final spec, the partitioner moves the table or the updates of a
@@ -80,6 +87,11 @@ def _needs_whole(sharded: ShardedProgram, reshard: Reshard) -> bool:
     rule = sharded.classes.rules[reshard.op]
     if rule.op_kind in ("gather", "scatter") and reshard.unreduced:
         return True
+    if rule.op_kind == "matmul" and _scatters(reshard):
+        # Over axes that do nothing in a product the partitioner would rather divide
+        # it, sum the smaller parts, and exchange them for what is wanted.
+        busy = {axis for axes in sharded.factor_axes[reshard.op] for axis in axes}
+        return any(n > 1 and axis not in busy for axis, n in sizes.items())
     dims = rule.results[int(reshard.slot[3:])]
     return rule.op_kind not in ("link", "data") and any(
         set(target) - set(source) and (not dim or rule.kinds[dim[0]] == "blocked")
@@ -118,7 +130,7 @@ def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
         dim = rule.results[k][d]
         if rule.op_kind == "link" or not dim:
             continue
-        if rule.kinds[dim[0]] == "blocked":
+        if rule.kinds[dim[0]] in ("blocked", "shift"):
             pinned.setdefault((op.address, f"out{k}"), sharded.specs[value])
             continue
         left += [

@@ -10,41 +10,48 @@ from autoshard.ir.annotations.paths import with_specs
 from autoshard.ir.errors import InfeasibleError
 from autoshard.ir.trace import Traced, trace
 from autoshard.plan.schema import Strategy
-from autoshard.plan.sharded import DimClasses
+from autoshard.plan.sharded import RESIDUAL, DimClasses
 from autoshard.propagate import find_classes
 from autoshard.propagate.classes import Hint
+from autoshard.search.annotations import check_annotations
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """A traced program with its classes and facts, shared by all its candidates."""
+    """A traced program with its classes and facts, shared by all its candidates.
+
+    Attributes:
+        traced: The program.
+        classes: Its dim classes.
+        work: What its ops do.
+        remarks: What a user should know of the annotations.
+    """
 
     traced: Traced
     classes: DimClasses
     work: Work
+    remarks: tuple[str, ...]
 
     @staticmethod
     def of(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Sketch:
         """Traces and analyses.
 
         Raises:
-            InputError: An annotation did not reach the program.
+            InputError: An annotation did not reach the program, or cannot be
+                honoured.
             RuleMissingError: A primitive has no rule, and no leave to be replicated.
         """
         traced = read(fn, args, strategy)
+        remarks = check_annotations(traced, strategy)
         classes = classes_of(traced, strategy)
-        return Sketch(traced, classes, analyse(traced, classes))
+        return Sketch(traced, classes, analyse(traced, classes), remarks)
 
 
 def read(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Traced:
-    """Traces a function and adds what the strategy fixes by path.
-
-    Raises:
-        InputError: An annotation did not reach the program.
-    """
-    traced = with_specs(trace(fn, args), strategy.specs)
-    traced.annotations.check()
-    return traced
+    """Traces a function and adds what the strategy fixes by path."""
+    logical = [rule.logical.removesuffix(RESIDUAL) for rule in strategy.rules]
+    traced = trace(fn, args, aliases=strategy.aliases, logical=logical)
+    return with_specs(traced, strategy.specs)
 
 
 def classes_of(

@@ -20,7 +20,6 @@ from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
 from autoshard.plan.sharded import Layout
 from autoshard.propagate import propagate
 from autoshard.search import space
-from autoshard.search.annotations import check_annotations
 from autoshard.search.finish import finish
 from autoshard.search.reading import Sketch, fixed_sizes
 from autoshard.search.remedy import explain_indivisible, explain_no_fit
@@ -235,7 +234,8 @@ def search_plans(
     log(f"tracing and analysing the step for {cluster.name}")
     plain = everything.sketch("none")
     assert plain is not None
-    check_annotations(plain.traced, strategy)
+    for remark in plain.remarks:
+        log(remark)
     groups = everything.price(strategy, cluster)
     indivisible = sum(g.indivisible for g in groups)
     enumerated = sum(len(g.sizes) for g in groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ def keeping_gradients() -> optax.GradientTransformation:
     default of 1e-8 a gradient that is zero in exact arithmetic becomes a full update
     whose direction depends on the order of a sum.
     """
-    inner = optax.adamw(1e-3, eps=1e-3)
+    inner = optax.adamw(1e-3, eps=1e-2)
 
     def init(params: Any) -> KeptGradients:
         return KeptGradients(inner.init(params), jax.tree.map(jnp.zeros_like, params))
@@ -84,6 +84,22 @@ class Case:
 
         return jax.tree_util.tree_map_with_path(leaf, self.abstract_args[-1])
 
+    def in_float64(self) -> Case:
+        """The same case with its state and data in float64 instead of float32."""
+
+        def wide(x: Any) -> Any:
+            if getattr(x, "dtype", None) != jnp.float32:
+                return x
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(x.shape, jnp.float64)
+            return x.astype(jnp.float64)
+
+        return replace(
+            self,
+            abstract_args=jax.tree.map(wide, self.abstract_args),
+            init=lambda seed: jax.tree.map(wide, self.init(seed)),
+        )
+
     def run(self, state: tuple[Any, ...], batch: Any) -> tuple[tuple[Any, ...], Any]:
         """One step on one device, not jitted: the new state and the metrics."""
         *new, metrics = self.step(*state, batch)
@@ -101,14 +117,14 @@ def abstract_key() -> jax.ShapeDtypeStruct:
 
 
 def cross_entropy(logits: Any, labels: Any) -> Any:
-    """Mean over all labels, computed in float32.
+    """Mean over all labels, computed in float32 or better.
 
     Args:
         logits: float[..., classes].
         labels: int32[...].
     """
     per_label = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), labels
+        logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), labels
     )
     return per_label.mean()
 

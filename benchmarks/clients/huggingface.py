@@ -47,7 +47,8 @@ class ImageState(train_state.TrainState):
 
 
 def _model(cls: Any, config: Any, size: str, **more: Any) -> Any:
-    dtype = jnp.bfloat16 if size == "full" else jnp.float32
+    wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    dtype = jnp.bfloat16 if size == "full" else wide
     return cls(config, _do_init=False, dtype=dtype, **more)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from fuzz import (  # noqa: F401 - each registers its ops
     ops_reduce,
     ops_structure,
 )
-from fuzz.describe import Array, Body, Case, Node
-from fuzz.kit import DRAWS, Kit, Skip, Value
+from fuzz.describe import Body, Case, Node
+from fuzz.kit import DRAWS, Kit, Skip
+from fuzz.ops_move import name_dims
 from hypothesis import strategies as st
 
 FAMILIES = tuple(sorted(DRAWS))
@@ -60,13 +62,15 @@ def case_of(seed: int, families: Sequence[str] = FAMILIES) -> Case:
     train = kit.flip(8)
     kit.rules = _rules(kit, axes)
     kit.families = [*families, *(f for f in WIDE if f in families)]
-    kit.smooth = train
+    kit.smooth = int(train)
     batch = math.prod(kit.mesh[a] for a in kit.rules.get("batch", ()))
     while batch < 4:
         batch *= 2
     first = _inputs(kit, batch)
-    budget = min(kit.integer(LEAST_OPS, MOST_OPS), kit.integer(LEAST_OPS, MOST_OPS))
-    kit.budget[0] = budget
+    kit.budget[0] = min(kit.integer(LEAST_OPS, MOST_OPS) for _ in range(3))
+    for _ in range(kit.integer(1, 3)):
+        with contextlib.suppress(Skip):
+            name_dims(kit)
     while kit.budget[0] > 0:
         before = kit.budget[0]
         kit.grow(kit.budget[0])
@@ -129,6 +133,3 @@ def _reordered(kit: Kit, batch: int) -> Body:
         for n in kit.nodes
     )
     return Body(inputs, nodes, tuple(leaves))
-
-
-__all__ = ["FAMILIES", "Array", "Skip", "Value", "cases"]

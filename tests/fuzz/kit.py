@@ -65,8 +65,8 @@ class Kit:
         choose: Source of choices.
         budget: How many ops may still be drawn, shared with outer and inner bodies.
         depth: How many bodies this one lies in.
-        smooth: Whether it is differentiated: no jumps, and kinks only where the
-            operand is exact.
+        smooth: How often it is differentiated: then no jumps, and kinks only where
+            the operand is exact.
         batched: Whether it is under `vmap`.
         parent: The body around it.
         mesh: Size per mesh axis.
@@ -83,7 +83,7 @@ class Kit:
     choose: Chooser
     budget: list[int]
     depth: int = 0
-    smooth: bool = False
+    smooth: int = 0
     batched: bool = False
     parent: Kit | None = None
     mesh: dict[str, int] = field(default_factory=dict)
@@ -125,7 +125,9 @@ class Kit:
         return self.pick([d for d, n in enumerate(value.shape) if n >= least])
 
     def size(self) -> int:
-        """A size for a new dim."""
+        """A size for a new dim: often a multiple of a mesh axis, often not."""
+        if self.mesh and self.flip():
+            return self.pick(list(self.mesh.values())) * self.integer(1, 2)
         return SIZES[min(self.integer(0, 9), self.integer(0, 9))]
 
     def shape(self, low: int = 1, high: int = 3) -> tuple[int, ...]:
@@ -257,7 +259,7 @@ class Kit:
             self.choose,
             self.budget,
             depth=self.depth + 1,
-            smooth=self.smooth or smooth,
+            smooth=self.smooth + smooth,
             batched=self.batched or batched,
             parent=self,
             mesh=self.mesh,
@@ -303,9 +305,7 @@ class Kit:
 
     def body(self, outputs: Sequence[Value]) -> Body:
         """The finished body."""
-        return Body(
-            tuple(self.inputs), tuple(self.nodes), tuple(v.id for v in outputs)
-        )
+        return Body(tuple(self.inputs), tuple(self.nodes), tuple(v.id for v in outputs))
 
 
 Draw = Callable[[Kit], None]

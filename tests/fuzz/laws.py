@@ -15,22 +15,27 @@ from autoshard.propagate import find_classes, propagate
 
 
 def again(sharded: ShardedProgram) -> list[str]:
-    """Fixes every spec that was found and propagates again: nothing may change."""
-    traced = sharded.traced
+    """Fixes every spec that was found and propagates again: nothing may change.
+
+    How state is stored is left out, as a spec that a user fixes says both how state is
+    stored and how it is used; so are values of constants only, which no device takes
+    from another one.
+    """
+    traced, classes = sharded.traced, sharded.classes
+    layout = replace(sharded.layout, params=(), gradients=(), optimizer=())
+    if layout != sharded.layout:
+        sharded = propagate(traced, classes, layout)
     seeds = tuple(
         Seed(v, tuple(spec), "found", f"found spec of value {v}")
         for v, spec in enumerate(sharded.specs)
+        if v not in sharded.free
     )
     fixed = replace(traced, seeds=seeds)
-    other = propagate(
-        fixed,
-        find_classes(fixed, aliases=sharded.classes.aliases),
-        sharded.layout,
-    )
+    other = propagate(fixed, find_classes(fixed, aliases=classes.aliases), layout)
     return [
         f"{_show(traced.program, v)} is {_spec(a)}, and {_spec(b)} when that is fixed"
         for v, (a, b) in enumerate(zip(sharded.specs, other.specs, strict=True))
-        if a != b
+        if a != b and v not in sharded.free
     ]
 
 
@@ -50,14 +55,17 @@ class Reordered:
 
 
 def reordered(traced: Traced, rng: random.Random) -> Reordered:
-    """Another valid order of execution; values are numbered at random."""
+    """Another valid order of execution; all but inputs are numbered at random."""
     program = traced.program
     order = _order(program, rng)
     op_at = [0] * len(order)
     for new, old in enumerate(order):
         op_at[old] = new
+    # A tie between dims of two inputs goes to the first input.
+    others = sorted(set(range(len(program.values))) - set(program.inputs))
     value_at = list(range(len(program.values)))
-    rng.shuffle(value_at)
+    for old, new in zip(others, rng.sample(others, len(others)), strict=True):
+        value_at[old] = new
     values: list[Any] = [None] * len(value_at)
     for value in program.values:
         producer = value.producer if value.producer < 0 else op_at[value.producer]

@@ -51,7 +51,11 @@ def _take_along(kit: Kit) -> None:
             v.dtype == "int32"
             and 0 < v.below <= x.shape[axis]
             and v.rank == x.rank
-            and all(m == n for d, (m, n) in enumerate(zip(v.shape, x.shape, strict=True)) if d != axis)
+            and all(
+                m == n
+                for d, (m, n) in enumerate(zip(v.shape, x.shape, strict=True))
+                if d != axis
+            )
         )
 
     try:
@@ -169,7 +173,8 @@ def _dynamic_slice(kit: Kit) -> None:
     x = kit.floats(1, 3)
     axis = kit.dim(x)
     start = indices(kit, x.shape[axis], 0, 0)
-    size = kit.pick((1, max(x.shape[axis] // 2, 1), kit.integer(1, x.shape[axis])))
+    most = x.shape[axis] - start.below + 1  # never past the end
+    size = kit.pick((1, max(most // 2, 1), most))
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
     kit.emit(
         "dynamic_slice",
@@ -200,7 +205,7 @@ def _dynamic_update(kit: Kit) -> None:
             v.dtype == "float32"
             and v.rank == x.rank
             and all(
-                m == n or (d == axis and m <= n)
+                m <= n - start.below + 1 if d == axis else m == n
                 for d, (m, n) in enumerate(zip(v.shape, x.shape, strict=True))
             )
         )

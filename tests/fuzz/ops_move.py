@@ -32,9 +32,7 @@ def _like(
 def _some(kit: Kit, low: int = 1, high: int = 9) -> Value:
     """Mostly a float, sometimes an integer or a truth value."""
     if kit.flip(4):
-        return kit.any(
-            lambda v: v.dtype in ("int32", "bool") and low <= v.rank <= high
-        )
+        return kit.any(lambda v: v.dtype in ("int32", "bool") and low <= v.rank <= high)
     return kit.floats(low, high)
 
 
@@ -159,9 +157,7 @@ def _slice(kit: Kit) -> None:
         limit[d] = kit.pick((n, max(n // 2, start[d] + 1), n - 1))
         limit[d] = max(limit[d], start[d] + 1)
         stride[d] = kit.pick((1, 1, 2))
-    shape = [
-        -(-(b - a) // s) for a, b, s in zip(start, limit, stride, strict=True)
-    ]
+    shape = [-(-(b - a) // s) for a, b, s in zip(start, limit, stride, strict=True)]
     _like(kit, x, "slice", tuple(shape), start=start, limit=limit, stride=stride)
 
 
@@ -304,7 +300,7 @@ def _tile_run(x: jax.Array, *, reps: list[int]) -> jax.Array:
 
 
 @draws("annotate")
-def _annotate(kit: Kit) -> None:
+def name_dims(kit: Kit) -> None:
     """Names dims whose size their axes divide, unless they should not divide."""
     x = _some(kit)
     names: list[str | None] = [None] * x.rank

@@ -26,9 +26,7 @@ def run_body(body: Body, args: Sequence[Any]) -> list[Any]:
         results = list(results) if isinstance(results, tuple | list) else [results]
         assert len(results) == node.count, node
         if node.scale != 1:
-            results = [
-                r * node.scale if r.dtype == jnp.float32 else r for r in results
-            ]
+            results = [r * node.scale if r.dtype == jnp.float32 else r for r in results]
         made += results
     return [read(index) for index in body.outputs]
 

@@ -62,9 +62,7 @@ def _smaller(case: Case) -> Iterator[Case]:
     used = {a for axes in (*case.rules.values(), *case.storage.values()) for a in axes}
     for axis in case.mesh:
         if axis not in used and len(case.mesh) > 1:
-            yield replace(
-                case, mesh={a: n for a, n in case.mesh.items() if a != axis}
-            )
+            yield replace(case, mesh={a: n for a, n in case.mesh.items() if a != axis})
     for at in reversed(range(len(body.nodes))):
         yield from _without_node(case, at)
 
@@ -125,7 +123,9 @@ def _changed_at(body: Body, at: int) -> Iterator[Body]:
     results = range(start, start + node.count)
     if node.op != "constant" and all(r in kinds for r in results):
         constants = tuple(
-            Node("constant", (), {"shape": list(kinds[r].shape), "dtype": kinds[r].dtype})
+            Node(
+                "constant", (), {"shape": list(kinds[r].shape), "dtype": kinds[r].dtype}
+            )
             for r in results
         )
         if all(kinds[r].dtype != "key" for r in results):
@@ -138,7 +138,10 @@ def _changed_at(body: Body, at: int) -> Iterator[Body]:
     if node.op == "grad":
         inner = node.params["body"]
         for k in range(len(inner.outputs) if len(inner.outputs) > 1 else 0):
-            params = {**node.params, "body": replace(inner, outputs=(inner.outputs[k],))}
+            params = {
+                **node.params,
+                "body": replace(inner, outputs=(inner.outputs[k],)),
+            }
             new = replace(node, params=params)
             yield replace(body, nodes=(*body.nodes[:at], new, *body.nodes[at + 1 :]))
 
@@ -152,8 +155,7 @@ def _inlined(body: Body, at: int) -> Body:
     by |= {k: start + k for k in range(total)}
     placed = replace(inner, **_replaced(inner, by))
     shifted = {
-        k: k + total - node.count
-        for k in range(start + node.count, _starts(body)[-1])
+        k: k + total - node.count for k in range(start + node.count, _starts(body)[-1])
     }
     shifted |= {start + k: o for k, o in enumerate(placed.outputs)}
     outer = replace(body, **_replaced(body, shifted))

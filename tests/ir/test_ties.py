@@ -81,13 +81,30 @@ def consumers(program):
     return found
 
 
+def passed_on(program, blocks):
+    """What stands for the values that a copy takes from the copy before."""
+    found = set()
+    for repeat in blocks.repeats:
+        if repeat.kind == "unrolled":
+            for op in program.ops[repeat.start : repeat.start + repeat.ops]:
+                for v in op.inputs:
+                    made = program.values[v].producer if v >= 0 else -1
+                    copies = [
+                        (i - repeat.start) // repeat.period for i in (made, op.index)
+                    ]
+                    if made >= repeat.start and copies[0] + 1 == copies[1]:
+                        found.add(int(blocks.tied_values[v]))
+    return found
+
+
 def assert_sound(program, blocks):
     """Every tie holds, checked op by op.
 
     With its operands tied to the representative's, op after op, a tied op computes from
     the same graph as its representative, however far one looks back, up to seams. A
-    seam is excused by a chain alone: there the operand comes out of a copy, or is what
-    the first or last copy has in place of that.
+    seam is excused by a chain alone: one of the two operands is passed on from copy to
+    copy, the other one is what the first or last copy has in place of that. (Or both
+    are inputs, which something untied uses, too.)
     """
     represent, tied = blocks.representative, blocks.tied_values
     assert represent.shape == (len(program.ops),)
@@ -95,7 +112,10 @@ def assert_sound(program, blocks):
     assert (represent <= np.arange(len(program.ops))).all()
     assert (represent[represent] == represent).all()
     assert (tied[tied] == tied).all()
-    used = consumers(program)
+    used, read = consumers(program), {}
+    for op in program.ops:
+        for slot, v in enumerate(op.inputs):
+            read.setdefault(v, Counter())[int(represent[op.index]), slot] += 1
     seams = set(blocks.seams.tolist())
     covered = np.zeros(len(program.ops), dtype=bool)
     last = np.zeros(len(program.ops), dtype=bool)
@@ -104,6 +124,7 @@ def assert_sound(program, blocks):
             end = repeat.start + repeat.ops
             assert not covered[repeat.start : end].any()
             covered[repeat.start : end] = last[end - repeat.period : end] = True
+    passed = passed_on(program, blocks)
     for op in program.ops:
         twin = program.ops[represent[op.index]]
         if twin is op:
@@ -117,10 +138,9 @@ def assert_sound(program, blocks):
         ]
         assert all(same) == (op.index not in seams)
         for ok, v, w in zip(same, op.inputs, twin.inputs, strict=True):
-            if not ok:
-                makers = [program.values[x].producer for x in (v, w)]
-                inputs = all(maker < 0 for maker in makers)
-                assert inputs or any(m >= 0 and covered[m] for m in makers)
+            if not ok and {tied[v], tied[w]}.isdisjoint(passed):
+                assert program.values[v].producer < 0
+                assert program.values[w].producer < 0
     for value in program.values:
         other = program.values[tied[value.index]]
         assert (value.shape, value.dtype) == (other.shape, other.dtype)
@@ -128,6 +148,8 @@ def assert_sound(program, blocks):
             made, by = value.producer, other.producer
             if made >= 0 and covered[made]:
                 assert represent[made] == represent[by] == by
+            else:
+                assert read.get(value.index) == read.get(other.index)
             # What uses a value decides on it, too. The last copy may feed another.
             if made < 0 or not last[made]:
                 assert used.get(value.index) == used.get(other.index)
@@ -267,6 +289,24 @@ def test_layers_sorted_by_name_in_the_update():
             assert representative == path.rpartition("layer_")[0] + "layer_0"
 
 
+def test_the_first_layer_needs_no_gradient_of_its_input():
+    """So its backward pass is another one, and what is made of that is not tied."""
+
+    def fn(params, x):
+        for layer in params:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return (x**2).mean()
+
+    params = [{"w": jnp.ones((8, 8)), "b": jnp.ones(8)} for _ in range(5)]
+    program = step_program(fn, params, jnp.ones((4, 8)))
+    blocks = find_blocks(program)
+    assert_sound(program, blocks)
+    assert layers_of(program, blocks, "dot_general") == [4, 4]
+    updates = [op.index for op in program.ops if op.primitive == "sqrt"][-10:]
+    copies = Counter(blocks.representative[updates].tolist())
+    assert sorted(copies.values()) == [1, 1, 4, 4]
+
+
 def test_local_and_global_layers_in_turns():
     """Every third layer has another mask; the ops are the same, the block is three."""
 
@@ -301,6 +341,26 @@ def test_layers_that_hold_a_loop():
     assert_sound(program, blocks)
     assert layers_of(program, blocks, "dot_general") == [4]
     assert [r.count for r in blocks.repeats if r.kind == "scanned"] == [6] * 4
+
+
+def test_a_cut_never_goes_through_a_loop():
+    """The first layer is odd amid its loop, so its rest has the right length."""
+
+    def fn(params, x, other):
+        for i, w in enumerate(params):
+            x = x + summed(other @ w if i == 0 else w @ w, x[0], x)
+        return x
+
+    program = program_of(fn, [jnp.ones((8, 8))] * 5, jnp.ones((6, 8)), jnp.ones((8, 8)))
+    blocks = find_blocks(program)
+    assert_sound(program, blocks)
+    [repeat] = [r for r in blocks.repeats if r.kind == "unrolled"]
+    assert repeat.count == 4
+    regions = [op.region for op in program.ops]
+    for copy in range(repeat.count):
+        begin = repeat.start + copy * repeat.period
+        assert regions[begin - 1] == 0
+        assert regions[begin] == 0
 
 
 def test_loops_of_other_lengths_are_not_copies():
@@ -442,6 +502,42 @@ def test_the_odd_layer_is_left_alone(change):
     assert blocks.tied_ops > 0
 
 
+def test_a_stream_that_is_also_returned_ends_a_run_of_copies():
+    def fn(ws, x):
+        for i, w in enumerate(ws):
+            x = x + jnp.tanh(x @ w)
+            if i == 2:
+                kept = x
+        return x, kept
+
+    program = program_of(fn, [jnp.ones((8, 8))] * 7, jnp.ones((4, 8)))
+    blocks = find_blocks(program)
+    assert_sound(program, blocks)
+    assert layers_of(program, blocks, "dot_general") == [3, 4]
+
+
+def test_inputs_that_something_untied_uses_are_not_tied():
+    """The layers are, as what else reads their weights does not touch them."""
+
+    def fn(ws, x, y):
+        total = 0.0
+        for w in ws:
+            x = x + jnp.tanh(x @ w)
+        for i, w in enumerate(ws):
+            for _ in range(i):  # so that no two are equally far apart
+                y = jnp.sin(y) if i % 2 else jnp.cos(y)
+            total = total + jnp.sum(jnp.abs(w)) * y.shape[0]
+        return x, y, total
+
+    program = program_of(fn, [jnp.ones((8, 8))] * 4, jnp.ones((4, 8)), jnp.ones(3))
+    blocks = find_blocks(program)
+    assert_sound(program, blocks)
+    assert layers_of(program, blocks, "dot_general") == [4]
+    assert (blocks.tied_values[:5] == np.arange(5)).all()
+    products = [op.index for op in program.ops if op.primitive == "dot_general"]
+    assert set(products[1:]) <= set(blocks.seams.tolist())
+
+
 def test_a_weight_that_is_used_twice_is_not_a_layers_own():
     """The odd layer uses a parameter like any other, so its ops may be tied."""
     program = stack(a_shared_weight)
@@ -453,6 +549,16 @@ def test_a_weight_that_is_used_twice_is_not_a_layers_own():
             x = x + jnp.tanh(x @ w)
         return x
 
+    def ring(ws, x):
+        for i, w in enumerate(ws):
+            x = x + jnp.tanh((x @ w) @ ws[(i + 1) % len(ws)])
+        return x
+
+    program = program_of(ring, [jnp.ones((8, 8))] * 5, jnp.ones((4, 8)))
+    blocks = find_blocks(program)
+    assert_sound(program, blocks)
+    assert (blocks.tied_values[:6] == np.arange(6)).all()
+
     program = program_of(shared_twice, [jnp.ones((8, 8))] * 4, jnp.ones((4, 8)))
     blocks = find_blocks(program)
     assert_sound(program, blocks)
@@ -460,13 +566,77 @@ def test_a_weight_that_is_used_twice_is_not_a_layers_own():
     assert program.inputs[0] not in blocks.tied_values[np.array(program.inputs[1:4])]
 
 
+def paired(order):
+    """Six layers, then their two results multiplied, those of a layer with `order`."""
+
+    def fn(ws, x):
+        ones, twos = [], []
+        for w in ws:
+            x = jnp.tanh(x @ w)
+            ones.append(x)
+            twos.append(jnp.sin(x))
+        return [jnp.exp(a * twos[k]).sum() for a, k in zip(ones, order, strict=True)]
+
+    program = program_of(fn, [jnp.ones((8, 8))] * 6, jnp.ones((4, 8)))
+    blocks = find_blocks(program)
+    assert_sound(program, blocks)
+    products = [op.index for op in program.ops if op.primitive == "mul"]
+    return Counter(blocks.representative[products].tolist())
+
+
+@pytest.mark.parametrize(
+    ("order", "tied"),
+    [
+        ([0, 1, 2, 3, 4, 5], [6]),
+        # All take the layer before; the first takes what is nobody's layer before.
+        ([5, 0, 1, 2, 3, 4], [5, 1]),
+        # Each value is at the right place of some layer, but not of the same one.
+        ([5, 4, 3, 2, 1, 0], [1, 1, 1, 1, 1, 1]),
+        ([0, 1, 2, 4, 3, 5], [3, 1, 1, 1]),
+    ],
+)
+def test_what_is_read_of_other_layers_must_be_of_the_same_layer(order, tied):
+    assert sorted(paired(order).values(), reverse=True) == tied
+
+
+@pytest.mark.parametrize(("odd", "tied"), [(0, [5]), (1, [3, 1, 1])])
+def test_an_end_of_a_chain_is_excused_only_where_the_chain_ends(odd, tied):
+    """Each layer's input times a result of it; one of them takes another value.
+
+    It may for the first layer, whose input comes out of no layer, but not for the
+    second one. What it leaves out is used alike elsewhere, or that would tell.
+    """
+
+    def fn(ws, x, other):
+        ins, outs = [], []
+        for w in ws:
+            ins.append(x)
+            x = jnp.tanh(x @ w)
+            outs.append(jnp.sin(x))
+        last = jnp.exp(ins[1] * outs[0]).sum() if odd else 0.0
+        ins[odd] = other
+        pairs = list(zip(ins, outs, strict=True))[odd:]
+        products = [jnp.exp(a * b).sum() for a, b in reversed(pairs)]
+        return x, products, jnp.cos(other), last
+
+    x = jnp.ones((4, 8))
+    program = program_of(fn, [jnp.ones((8, 8))] * 5, x, x)
+    blocks = find_blocks(program)
+    assert_sound(program, blocks)
+    products = [op.index for op in program.ops if op.primitive == "exp"]
+    found = Counter(blocks.representative[products].tolist())
+    assert sorted(found.values(), reverse=True) == tied
+
+
 def test_a_program_without_repetition():
-    def fn(a, b, x):
+    def fn(a, b, c, d, x):
         h = jnp.tanh(x @ a)
         y = jnp.exp(h @ b).sum(axis=-1)
-        return jnp.sqrt(y) + jnp.cos(x).mean()
+        queries, keys = jnp.sin(x @ c), jnp.sin(x @ d)  # two roles, not two copies
+        return jnp.sqrt(y) + jnp.cos(x).mean(), queries, keys
 
-    program = program_of(fn, jnp.ones((8, 16)), jnp.ones((16, 4)), jnp.ones((4, 8)))
+    a, b, x = jnp.ones((8, 16)), jnp.ones((16, 4)), jnp.ones((4, 8))
+    program = program_of(fn, a, b, a, a, x)
     blocks = find_blocks(program)
     assert blocks.repeats == ()
     assert (blocks.representative == np.arange(len(program.ops))).all()

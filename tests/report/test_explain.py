@@ -5,7 +5,7 @@ from helpers.plans import collective, document, plan, tensor
 
 from autoshard import report
 from autoshard.ir.errors import InputError, NameUnknownError, PlanMismatchError
-from autoshard.report import table
+from autoshard.report import depth, table
 
 
 def _tensors(*entries):
@@ -162,7 +162,7 @@ def test_text_shows_brackets_and_every_tensor():
 
 
 def test_tensor_text_has_the_reasons():
-    text = table.to_text(table.tensor_view(report.explain_tensor(plan(), "params/b")))
+    text = table.to_text(depth.depth_view(report.explain_tensor(plan(), "params/b")))
     assert "dim 0 of size 6 does not divide by 4" in text
 
 

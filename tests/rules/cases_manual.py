@@ -99,10 +99,10 @@ COLLECTIVE = [
          "blocked i j k l m n o"),
     Case("axis_index", _inside(lambda x: lax.axis_index("x")), (X,), " -> . {}"),
     Case("psend", _inside(lambda x: lax.psend(x, "x", [(0, 1)])), (X,),
-         "i j -> . {i=4 j=6} blocked i j"),
+         "i j -> . {i=4 j=6} blocked i j", before=(0, 11)),  # deprecated
     Case("precv", _inside(lambda x: lax.precv(
         lax.psend(x, "x", [(0, 1)]), jax.typeof(x), "x", [(0, 1)])), (X,),
-         ". -> i j {i=4 j=6} blocked i j"),
+         ". -> i j {i=4 j=6} blocked i j", before=(0, 11)),
 ]  # fmt: skip
 
 FREE = "i j -> i j {i=4 j=6}"

@@ -10,7 +10,8 @@ from jax.extend.core import Primitive
 
 from autoshard.ir.errors import RuleMissingError
 from autoshard.ir.program import build
-from autoshard.rules import register, rule_of, rules_of
+from autoshard.rules import register, registry, rule_of, rules_of
+from autoshard.rules.core import RuleContext
 from autoshard.rules.registry import Example
 
 
@@ -73,3 +74,28 @@ def test_rules_of_a_program_are_those_of_its_ops():
 def test_shapes_of_literals_are_seen():
     program = build(jax.make_jaxpr(lambda x: x * 2.0)(jnp.ones((4, 6))), [])
     assert rules_of(program)[0].text == "i j, . -> i j {i=4 j=6}"
+
+
+def test_a_rule_is_built_once():
+    def fn(x, w):
+        for _ in range(20):
+            x = jnp.tanh(x @ w)[:, ::-1]
+        return x
+
+    program = build(jax.make_jaxpr(fn)(jnp.ones((5, 7)), jnp.ones((7, 7))), [])
+    before = registry._built.cache_info().misses
+    assert len(rules_of(program)) == 60
+    # One matrix product, one tanh, one reversal; some may be known already.
+    assert registry._built.cache_info().misses - before <= 3
+
+
+def test_what_a_rule_does_not_read_does_not_matter_to_it():
+    """An op with a big parameter that its rule does not read is found by shapes."""
+    values = jnp.ones((4, 6))
+    program = build(jax.make_jaxpr(lambda x: lax.sort(x, dimension=1))(values), [])
+    [op] = program.ops
+    entry = registry.entries()["sort"]
+    assert entry.reads == ("dimension",)
+    assert set(op.params) > {"dimension"}
+    context = RuleContext("sort", {"dimension": 1}, ((4, 6),), ((4, 6),))
+    assert rules_of(program)[0] == entry.fn(context)
