@@ -50,8 +50,8 @@ def main() -> int:
     )
     _record.table(
         (
-            "program", "equations", "propagation s", "us/equation", "cpu s", "classes s",
-            "blocks s", "trace s", "peak GB", "of it GB",
+            "program", "equations", "propagation s", "us/equation", "cpu s",
+            "classes s", "blocks s", "trace s", "peak GB", "of it GB",
         ),
         [
             (

@@ -74,6 +74,7 @@ app.command(
     epilog=_examples(
         "explain plan.json",
         "explain plan.json --tensor params/tok_embed",
+        "explain plan.json --tensor model.py:12",
         "explain plan.json --html report.html",
     )
 )(planning.explain)

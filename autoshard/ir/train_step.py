@@ -249,9 +249,15 @@ def _cut(path: Any, x: Any, *, count: int) -> Any:
     """[batch, ...] -> [count, batch / count, ...], each device keeping its own rows.
 
     The rows of one microbatch are `count` apart, so a batch sharded over devices is
-    cut without moving a row; the mean over all microbatches is the same.
+    cut without moving a row; the mean over all microbatches is the same. A leaf without
+    dims has no rows: a number is the same for every microbatch, and of a random key
+    each gets its own (`jax.random.fold_in` of its number).
     """
-    if x.ndim == 0 or x.shape[0] % count:
+    if x.ndim == 0:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.vmap(lambda k: jax.random.fold_in(x, k))(jnp.arange(count))
+        return jnp.broadcast_to(x, (count,))
+    if x.shape[0] % count:
         raise InputError(
             f"batch leaf {path_string(path)!r} of shape {tuple(x.shape)} cannot be cut "
             f"into {count} microbatches: its leading dim must be divisible by {count}."

@@ -106,6 +106,12 @@ class _Lowered:
         )
 
 
+def _traced(fn: Callable[..., Any], args: Sequence[Any], plan: Plan) -> Traced:
+    """Traces as the search did, with what the strategy says of names."""
+    strategy = plan.strategy
+    return trace(fn, args, aliases=strategy.aliases, logical=strategy.names)
+
+
 def _slots(traced: Traced) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for op in traced.program.ops:
@@ -133,12 +139,13 @@ class ParallelStep(_Lowered):
     ) -> None:
         batch = _batch_of(plan)
         check_tensors(step, plan, batch)
-        plain = trace(step.with_schedule(microbatches=1, remat="none"), [batch])
+        plain = _traced(step.with_schedule(microbatches=1, remat="none"), [batch], plan)
         check_fingerprint(plain.program.fingerprint, plan)
         super().__init__(step, plan, devices)
         self.step = step.with_schedule(microbatches=plan.microbatches, remat=plan.remat)
         same = plan.microbatches == 1 and plan.remat == "none"
-        self._compile(plain if same else trace(self.step, [batch]), donate=(0,))
+        traced = plain if same else _traced(self.step, [batch], plan)
+        self._compile(traced, donate=(0,))
         self.state_shardings, self.batch_shardings = self.in_shardings
 
     @property
@@ -179,7 +186,7 @@ class ParallelFunction(_Lowered):
         args: Sequence[Any],
         devices: Sequence[Any] | None = None,
     ) -> None:
-        traced = trace(fn, args)
+        traced = _traced(fn, args, plan)
         check_fingerprint(traced.program.fingerprint, plan)
         super().__init__(fn, plan, devices)
         self._compile(traced, donate=())

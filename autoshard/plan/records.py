@@ -137,9 +137,9 @@ class TrailStep(Record):
 
 
 def numberless(path: str) -> str:
-    """A path with its numbers left out: the same for all copies of a block.
+    """A path without the numbers that count: the same for all copies of a layer.
 
-    >>> numberless("params/blocks/12/mlp/up")
-    'params/blocks/#/mlp/up'
+    >>> numberless("params/blocks/12/mlp/up"), numberless("params/layers_3/norm1")
+    ('params/blocks/#/mlp/up', 'params/layers_#/norm1')
     """
-    return re.sub(r"\d+", "#", path)
+    return re.sub(r"(?<=[/_.])\d+(?=/|$)", "#", path)

@@ -137,6 +137,11 @@ class Strategy(Record):
             check_axis(axis, f"[aliases] {name}")
         return self
 
+    @property
+    def names(self) -> list[str]:
+        """The logical axes that the rules name."""
+        return [rule.logical.removesuffix(".residual") for rule in self.rules]
+
     def with_wishes(
         self,
         specs: Mapping[str, Any],

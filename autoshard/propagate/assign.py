@@ -334,7 +334,7 @@ class _Propagation:
             axes = self.sums.role[op.index].factor_axes
         elif op.primitive == LINK:
             axes = self._link_axes(op, rule)
-            result_stored = op.inputs[0] in self.stored
+            result_stored = op.inputs[0] in self.stored and kind != "branch_out"
         elif op.primitive == "autoshard_annotate" and op.params["role"]:
             result = self._gradient_dims(op)
             axes = factors_from(rule, rule.results[0], result)
@@ -403,6 +403,9 @@ class _Propagation:
         if kind in _INWARDS or (kind == "carry_in" and source in self.stored):
             return factors_from(rule, rule.operands[0], self.specs[source])
         wanted = self.specs[target]
+        if wanted is None and kind == "branch_out":
+            # All branches give it, and none of them decides.
+            wanted = self.targets.get(target) or self.wants.value_dims(target, None)
         if wanted is None:
             natural = natural_dims(
                 rule, factors_from(rule, rule.operands[0], self.specs[source])

@@ -50,7 +50,7 @@ def trail(sharded: ShardedProgram) -> tuple[TrailStep, ...]:
     >>> layout = Layout(rules=(("mlp", ("tensor",)),))
     >>> steps = trail(propagate(traced, find_classes(traced), layout))
     >>> [(step.what, step.dims[0].step) for step in steps]
-    [('args/0', 1), ('annotate', None), ('mul', 1)]
+    [('batch', None), ('annotate', None), ('mul', 1)]
     """
     return _Trail(sharded).steps()
 
@@ -213,39 +213,37 @@ class _Trail:
     ) -> tuple[dict[int, int], list[list[int]]]:
         """Values that have one step between them: the group of each, and each group.
 
-        They are copies of a block, or are made at one line by the same primitive, in
-        the same shape and spec, of axes that came from the same place.
+        They are copies of a block, or are made at one line by the same primitive, or
+        are inputs whose paths differ by a number; in the same shape and spec, and of
+        axes that came from the same place.
         """
-        tied, of = self.classes.blocks.tied_values.tolist(), self.value_of
+        tied, of_value = self.classes.blocks.tied_values.tolist(), self.value_of
         copies: dict[object, list[int]] = defaultdict(list)
         for v, parts in self.parts.items():
-            info = self.inputs.get(v)
-            name = numberless(info.path) if info else ""
-            copies[tied[v], self.sharded.specs[v], parts, name].append(v)
+            alone = v if v in self.inputs else tied[v]
+            copies[alone, self.sharded.specs[v], parts].append(v)
+        names: dict[int, object] = {}
+
+        def name(v: int) -> object:
+            if v not in names:
+                info, op = self.inputs.get(v), self._op(v)
+                what = numberless(info.path) if info else self._what(v, op)
+                names[v] = (what, op.source if op else "", self.program.values[v].shape)
+            return names[v]
+
         groups: dict[object, list[int]] = defaultdict(list)
         for members in copies.values():
             v = members[0]
-            op = self._op(v)
-            if op is None:
-                key: object = v
-            else:
-                roots = []
-                for node in range(int(self.starts[v]), int(self.starts[v + 1])):
-                    for way in (main, storage):
-                        root = int(way.root[node])
-                        if way.before[node] >= 0:
-                            roots.append((tied[of[root]], root - self.starts[of[root]]))
-                        else:
-                            roots.append((-1, -1))
-                key = (
-                    op.source,
-                    self._what(v, op),
-                    self.program.values[v].shape,
-                    self.sharded.specs[v],
-                    self.parts[v],
-                    tuple(roots),
-                )
-            groups[key] += members
+            begin = int(self.starts[v])
+            roots = []
+            for d, bits in enumerate(self.parts[v]):
+                for way, some in zip((main, storage), bits, strict=True):
+                    root = int(way.root[begin + d])
+                    other = of_value[root]
+                    place = root - int(self.starts[other])
+                    roots.append((name(other), place) if some else None)
+            spec = self.sharded.specs[v]
+            groups[name(v), spec, self.parts[v], tuple(roots)] += members
         ordered = sorted(sorted(members) for members in groups.values())
         return {v: k for k, members in enumerate(ordered) for v in members}, ordered
 

@@ -45,7 +45,7 @@ def provenance(plan: Plan, query: str) -> list[Document]:
     twin = plan.trail[step].what
     if twin != tensor.path:
         for way in found:
-            way["steps"][0]["what"] = f"{tensor.path} (a copy, as {twin})"
+            way["steps"][0]["what"] = f"{tensor.path} (as {twin})"
     return found
 
 
@@ -78,7 +78,7 @@ def find_tensor(plan: Plan, path: str) -> TensorPlan:
 
 
 def step_of(plan: Plan, tensor: TensorPlan) -> int | None:
-    """Index of the step of a tensor, or of the copy that stands for it in a block."""
+    """Index of the step of a tensor, or of the one like it that stands for it."""
     wanted = tuple(
         tuple(a for a in axes if plan.sizes[a] > 1) for axes in tensor.storage.dims
     )

@@ -5,15 +5,14 @@ from __future__ import annotations
 from math import prod
 
 from autoshard.rules.core import FactorKind, FactorRule, Factors, RuleContext
-from autoshard.rules.registry import Example, register
+from autoshard.rules.registry import DTYPE, Example, register
 
 
 def _along(ctx: RuleContext, axes: tuple[int, ...], kind: FactorKind) -> FactorRule:
     factors = Factors()
-    arrays = [shape for shape in ctx.operands if shape]
     dims = tuple(
         factors.new(size, kind if d in axes else "pass")
-        for d, size in enumerate(arrays[0] if arrays else ())
+        for d, size in enumerate(ctx.operands[0])
     )
     kept = tuple(dim for d, dim in enumerate(dims) if d not in axes)
     return factors.rule(
@@ -26,11 +25,21 @@ def _along(ctx: RuleContext, axes: tuple[int, ...], kind: FactorKind) -> FactorR
 
 
 @register(
-    "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
-    "reduce_xor", reads=["axes"], example=Example(((8, 4),), ((8,),), {"axes": (1,)}),
+    "reduce_max", "reduce_min", "reduce_prod", "reduce_sum",
+    reads=["axes"], example=Example(((8, 4),), ((8,),), {"axes": (1,)}),
 )  # fmt: skip
 def _reduce(ctx: RuleContext) -> FactorRule:
     return _along(ctx, ctx.params["axes"], "reduce")
+
+
+@register(
+    "reduce_and", "reduce_or", "reduce_xor", reads=["axes", DTYPE],
+    example=Example(((8, 4),), ((8,),), {"axes": (1,), DTYPE: "bool"}),
+)  # fmt: skip
+def _reduce_bits(ctx: RuleContext) -> FactorRule:
+    """No collective combines the bits of integers; truth values have all and any."""
+    combines = ctx.params[DTYPE] == "bool" and ctx.primitive != "reduce_xor"
+    return _along(ctx, ctx.params["axes"], "reduce" if combines else "blocked")
 
 
 @register(

@@ -46,6 +46,9 @@ class Entry:
     example: Example
 
 
+DTYPE = "operand_dtype"
+"""What a rule function reads to learn the first operand's dtype, beside parameters."""
+
 _RULES: dict[str, Entry] = {}
 
 
@@ -127,6 +130,18 @@ def _shapes(program: Program, op: Op) -> tuple[tuple[Shape, ...], tuple[Shape, .
     return operands, tuple([values[v].shape for v in op.outputs])
 
 
+def _params(program: Program, op: Op, entry: Entry) -> tuple[Any, ...]:
+    params = op.params
+    found = tuple([params.get(name) for name in entry.reads])
+    if DTYPE in entry.reads and op.inputs[0] >= 0:
+        dtype = str(program.values[op.inputs[0]].dtype)
+        found = tuple(
+            dtype if name == DTYPE else given
+            for name, given in zip(entry.reads, found, strict=True)
+        )
+    return found
+
+
 def rules_of(
     program: Program, replicate: AbstractSet[str] = frozenset()
 ) -> tuple[FactorRule, ...]:
@@ -153,11 +168,11 @@ def rules_of(
         if entry is None:
             found.append(rule_of(program, op, replicate))
             continue
-        params, inputs, reads = op.params, op.inputs, entry.reads
+        inputs = op.inputs
         found.append(
             built(
                 op.primitive,
-                tuple([params.get(name) for name in reads]) if reads else (),
+                _params(program, op, entry) if entry.reads else (),
                 # As in `_shapes`: written out, for this loop runs once per op.
                 op.operand_shapes
                 if -1 in inputs
@@ -186,8 +201,7 @@ def rule_of(
     operands, results = _shapes(program, op)
     entry = _RULES.get(op.primitive)
     if entry is not None:
-        params = tuple(op.params.get(name) for name in entry.reads)
-        return _built(op.primitive, params, operands, results)
+        return _built(op.primitive, _params(program, op, entry), operands, results)
     # Foreign rules are texts of the user's; that module builds on this one.
     from autoshard.rules.foreign import registered_rule, rule_name
 

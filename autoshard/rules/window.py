@@ -98,15 +98,13 @@ def _slid(
     places = s.n_in * s.base
     like_out = abs(places - s.n_out * s.stride)
     like_kernel = abs(places - s.n_kernel * s.dilation)
-    if pooled or like_out <= like_kernel:
-        tied, alone = s.n_out, s.n_kernel
-    else:
-        tied, alone = s.n_kernel, s.n_out
+    with_out = pooled or like_out <= like_kernel
+    tied, alone = (s.n_out, s.n_kernel) if with_out else (s.n_kernel, s.n_out)
     dim = factors.new(max(s.n_in, tied), "blocked")
     other = () if pooled else factors.new(alone, "blocked")
     # A dim of size one has no part of the other to hold.
     mine, its = (dim if s.n_in > 1 else ()), (dim if tied > 1 else ())
-    return (mine, other, its) if tied == s.n_out else (mine, its, other)
+    return (mine, other, its) if with_out else (mine, its, other)
 
 
 @register(
@@ -173,6 +171,11 @@ def _conv(ctx: RuleContext) -> FactorRule:
             pad=p["padding"][k][0],
         )
         a[la], b[lb], c[lc] = _slid(factors, slide)
+    if batch_groups > 1:
+        # XLA's partitioner computes several layouts of these wrongly, or aborts (seen
+        # with JAX 0.10.2: features over one axis and the batch over another).
+        factors.kinds = ["blocked"] * len(factors.kinds)
+        factors.halos = [(0, 0)] * len(factors.halos)
     # Each point of the result sums over one group of features and over the window.
     products = prod(out) * prod(rhs) // max(rhs[at_rhs[0]], 1)
     return factors.rule(
@@ -217,8 +220,7 @@ def _slides(
 
 
 def _pooled(ctx: RuleContext, *, sums: bool) -> FactorRule:
-    arrays = [shape for shape in ctx.operands if shape]
-    whole, out = (arrays[0] if arrays else ()), ctx.results[0]
+    whole, out = ctx.operands[0], ctx.results[0]
     factors = Factors()
     dims = [
         _slid(factors, slide, pooled=True, sums=sums)

@@ -105,15 +105,20 @@ def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
     """Pins what must stay whole although a later op takes only a part of it.
 
     The partitioner carries a wish back to the ops that make a value, and would rather
-    divide a slice or a window along its own dim, and exchange rows, than compute it
-    whole and let each device take its part.
+    divide a slice or a window along its own dim, and exchange rows, or keep divided
+    what a loop carries, than compute it whole and let each device take its part.
     """
     program, rules = sharded.traced.program, sharded.classes.rules
     seen: set[tuple[int, int]] = set()
+    carries = {
+        op.inputs[0]: op.address
+        for op in program.ops
+        if op.params.get("kind") == "carry"
+    }
     left = [
         (reshard.value, d)
         for reshard in sharded.reshards
-        if reshard.slot.startswith("in") or reshard.op == OUTPUT
+        if not reshard.unreduced
         for d, (source, target) in enumerate(
             zip(reshard.source, reshard.target, strict=True)
         )
@@ -128,7 +133,12 @@ def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
         op, rule = program.ops[producer], rules[producer]
         k = op.outputs.index(value)
         dim = rule.results[k][d]
-        if rule.op_kind == "link" or not dim:
+        if not dim or op.params.get("kind") in ("carry_in", "carry"):
+            continue
+        if op.params.get("kind") in ("carry_out", "stack"):
+            inner = op.inputs[0]
+            at = (carries[inner], "out0") if inner in carries else (op.address, "in0")
+            pinned.setdefault(at, sharded.specs[inner])
             continue
         if rule.kinds[dim[0]] in ("blocked", "shift"):
             pinned.setdefault((op.address, f"out{k}"), sharded.specs[value])

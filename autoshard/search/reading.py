@@ -10,7 +10,7 @@ from autoshard.ir.annotations.paths import with_specs
 from autoshard.ir.errors import InfeasibleError
 from autoshard.ir.trace import Traced, trace
 from autoshard.plan.schema import Strategy
-from autoshard.plan.sharded import RESIDUAL, DimClasses
+from autoshard.plan.sharded import DimClasses
 from autoshard.propagate import find_classes
 from autoshard.propagate.classes import Hint
 from autoshard.search.annotations import check_annotations
@@ -49,8 +49,7 @@ class Sketch:
 
 def read(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Traced:
     """Traces a function and adds what the strategy fixes by path."""
-    logical = [rule.logical.removesuffix(RESIDUAL) for rule in strategy.rules]
-    traced = trace(fn, args, aliases=strategy.aliases, logical=logical)
+    traced = trace(fn, args, aliases=strategy.aliases, logical=strategy.names)
     return with_specs(traced, strategy.specs)
 
 

@@ -98,6 +98,57 @@ def test_explain_tensor(plan_file):
     assert "params/w" in message
 
 
+@pytest.fixture
+def trail_file(tmp_path):
+    """A plan in which a product at model.py:12 takes its batch from the tokens."""
+
+    def step(what, source, shape, dim):
+        return {
+            "what": what,
+            "source": source,
+            "address": f"{what}#0" if source else "",
+            "shape": shape,
+            "dims": [dim, None],
+        }
+
+    origin = {"axes": ["data"], "origin": "rule batch = [data], role of tokens"}
+    path = tmp_path / "trail.json"
+    trail = [
+        step("tokens", "", [4, 32], origin),
+        step("dot_general", "pkg/model.py:12:8 (loss)", [4, 6], origin | {"step": 0}),
+    ]
+    trail[1]["dims"][0]["origin"] = ""
+    path.write_text(plan_to_json(plan(trail=trail)))
+    return path
+
+
+@pytest.mark.parametrize("line", ["model.py:12", "pkg/model.py:12"])
+def test_explain_line(trail_file, line):
+    given = json.loads(output_of("explain", trail_file, "--tensor", line, "--json"))
+    (value,) = given["values"]
+    (way,) = value["ways"]
+    assert [s["what"] for s in way["steps"]] == ["dot_general", "tokens"]
+    assert way["origin"] == "rule batch = [data], role of tokens"
+    text = output_of("explain", trail_file, "--tensor", line)
+    assert text.index("dot_general") < text.index("tokens 4 x 32")
+    assert "by   rule batch = [data], role of tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("model.py:13", "The nearest lines that make some: 12"),
+        ("modell.py:12", "pkg/model.py"),
+        ("model.py:", "file.py:LINE"),
+        ("model.py:x", "file.py:LINE"),
+        (":12", "file.py:LINE"),
+        ("", "file.py:LINE"),
+    ],
+)
+def test_explain_refuses_what_is_neither_a_tensor_nor_a_line(trail_file, given, said):
+    assert said in fails(3, "explain", trail_file, "--tensor", given)
+
+
 def test_explain_writes_html(plan_file, tmp_path):
     page = tmp_path / "report.html"
     output_of("explain", plan_file, "--html", page)

@@ -68,6 +68,7 @@ class Kit:
         smooth: How often it is differentiated: then no jumps, and kinks only where
             the operand is exact.
         batched: Whether it is under `vmap`.
+        forward: Whether it is under `jvp`.
         parent: The body around it.
         mesh: Size per mesh axis.
         rules: Mesh axes per logical axis.
@@ -85,6 +86,7 @@ class Kit:
     depth: int = 0
     smooth: int = 0
     batched: bool = False
+    forward: bool = False
     parent: Kit | None = None
     mesh: dict[str, int] = field(default_factory=dict)
     rules: dict[str, list[str]] = field(default_factory=dict)
@@ -251,7 +253,9 @@ class Kit:
 
     # -- inner bodies ----------------------------------------------------------------
 
-    def inner(self, *, smooth: bool = False, batched: bool = False) -> Kit:
+    def inner(
+        self, *, smooth: bool = False, batched: bool = False, forward: bool = False
+    ) -> Kit:
         """The kit of a body inside this one."""
         if self.depth >= DEEPEST or self.budget[0] < 2:
             raise Skip
@@ -261,6 +265,7 @@ class Kit:
             depth=self.depth + 1,
             smooth=self.smooth + smooth,
             batched=self.batched or batched,
+            forward=self.forward or forward,
             parent=self,
             mesh=self.mesh,
             rules=self.rules,

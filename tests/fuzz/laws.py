@@ -17,18 +17,23 @@ from autoshard.propagate import find_classes, propagate
 def again(sharded: ShardedProgram) -> list[str]:
     """Fixes every spec that was found and propagates again: nothing may change.
 
-    How state is stored is left out, as a spec that a user fixes says both how state is
-    stored and how it is used; so are values of constants only, which no device takes
+    State and its storage are left out, as what a user fixes of state says both how it
+    is stored and how it is used; so are values of constants only, which no device takes
     from another one.
     """
     traced, classes = sharded.traced, sharded.classes
     layout = replace(sharded.layout, params=(), gradients=(), optimizer=())
     if layout != sharded.layout:
         sharded = propagate(traced, classes, layout)
+    state = {
+        value
+        for value, info in zip(traced.program.inputs, traced.inputs, strict=True)
+        if info.state != "data"
+    }
     seeds = tuple(
         Seed(v, tuple(spec), "found", f"found spec of value {v}")
         for v, spec in enumerate(sharded.specs)
-        if v not in sharded.free
+        if v not in sharded.free and v not in state
     )
     fixed = replace(traced, seeds=seeds)
     other = propagate(fixed, find_classes(fixed, aliases=classes.aliases), layout)

@@ -100,6 +100,8 @@ def _custom_jvp_run(*args: Any, body: Body) -> list[Any]:
 
 @draws("custom")
 def _custom_vjp(kit: Kit) -> None:
+    if kit.forward:  # it has no forward derivative
+        raise Skip
     _call(kit, "custom_vjp", floats=True)
 
 
@@ -146,7 +148,7 @@ def _grad_run(*args: Any, body: Body, wrt: list[int]) -> list[Any]:
 
 @draws("grad")
 def _jvp(kit: Kit) -> None:
-    inner = kit.inner(smooth=True)
+    inner = kit.inner(smooth=True, forward=True)
     _operands(kit, inner, 3)
     inner.grow(kit.integer(1, 4))
     outputs = _results(inner, floats=True)

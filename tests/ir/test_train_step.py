@@ -170,14 +170,34 @@ def test_a_batch_that_cannot_be_cut():
         step(step.init(0), batch())
 
 
-def test_a_batch_leaf_without_dims():
+def test_a_batch_leaf_without_dims_is_the_same_for_every_microbatch():
     step = train_step(
         lambda w, b: (b["x"] @ w).mean() * b["scale"],
         optax.sgd(0.1),
         model=lambda key: jnp.ones((WIDTH, 2)),
-    ).with_schedule(microbatches=2, remat="none")
-    with pytest.raises(InputError, match="batch leaf 'scale' of shape"):
-        step(step.init(0), {"x": batch(), "scale": jnp.ones(())})
+    )
+    inputs = {"x": batch(), "scale": jnp.full((), 3.0)}
+    state = step.init(0)
+    want = step.loss_and_gradients(state, inputs)
+    cut = step.with_schedule(microbatches=2, remat="none")
+    close(cut.loss_and_gradients(state, inputs), want)
+
+
+def test_each_microbatch_has_a_random_key_of_its_own():
+    def loss(w, b):
+        kept = jax.random.bernoulli(b["key"], 0.5, b["x"].shape)
+        return jnp.where(kept, b["x"], 0.0).sum() * w
+
+    step = train_step(loss, optax.sgd(0.1), model=lambda key: jnp.ones(()))
+    key, rows = jax.random.key(7), jnp.ones((12, 4))
+    inputs = {"x": rows, "key": key}
+    cut = step.with_schedule(microbatches=2, remat="none")
+    total, _, _ = cut.loss_and_gradients(step.init(0), inputs)
+    masks = [
+        jax.random.bernoulli(jax.random.fold_in(key, k), 0.5, (6, 4)) for k in (0, 1)
+    ]
+    assert not jnp.array_equal(*masks)
+    assert float(total) == pytest.approx(sum(float(m.sum()) for m in masks) / 2)
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])

@@ -116,13 +116,22 @@ CONVOLUTION = [
     _case(_conv(groups=3), (2, 6, 16), (12, 2, 3),
           "i (jl) m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=2 m=16 n=3} "
           "blocked l n shift m(1,1)"),
+    _case(_conv(groups=2), (3, 4, 16), (10, 2, 3),
+          "i (jl) m, (jk) l n -> i (jk) m {i=3 j=2 k=5 l=2 m=16 n=3} "
+          "blocked l n shift m(1,1)"),
     # Depthwise: a group for each feature.
     _case(_conv(groups=4), (2, 4, 16), (4, 1, 3),
           "i j k, j 1 l -> i j k {i=2 j=4 k=16 l=3} blocked l shift k(1,1)"),
-    # Three groups of the batch, each with its own features of the result.
+    # Three groups of the batch, each with its own features of the result: whole.
     _case(_conv(batch_groups=3), (6, 5, 16), (12, 5, 3),
           "(ji) l m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=5 m=16 n=3} "
-          "reduce l blocked n shift m(1,1)"),
+          "blocked i j k l m n"),
+    _case(_conv(batch_groups=2), (6, 5, 16), (8, 5, 3),
+          "(ji) l m, (jk) l n -> i (jk) m {i=3 j=2 k=4 l=5 m=16 n=3} "
+          "blocked i j k l m n"),
+    # Elements two places apart that do not fill the result: still the same dim.
+    _case(_conv(1, ((2, 2),), base=2), (2, 6, 8), (4, 6, 3),
+          "i k l, j k m -> i j l {i=2 j=4 k=6 l=17 m=3} reduce k blocked l m"),
     # Gradient of a kernel: batch 2 and places 16 are summed, each device over its own
     # with a margin of 1; the input's features are the batch.
     _case(_kernel_gradient((4, 6, 3)), (2, 6, 16), (2, 4, 16),
@@ -133,6 +142,8 @@ CONVOLUTION = [
     # The input is still the dim of the cotangent if they are no longer aligned.
     _case(_kernel_gradient((4, 6, 3), padding="VALID"), (2, 6, 10), (2, 4, 8),
           "k i l, k j l -> j i m {i=6 j=4 k=2 l=10 m=3} reduce k blocked l m"),
+    _case(_kernel_gradient((4, 6, 3), stride=4, padding="VALID"), (2, 6, 9), (2, 4, 2),
+          "k i l, k j l -> j i m {i=6 j=4 k=2 l=9 m=3} reduce k blocked l m"),
     # Gradient of the input of a strided convolution: result o reads every other place
     # of o-1 .. o+1, which is the element of its own place and the next one.
     _case(_input_gradient((2, 6, 16), stride=2), (2, 4, 8), (4, 6, 3),
@@ -194,6 +205,18 @@ POOLING = [
     Case("reduce_window_sum",
          _pool(lax.add, 0.0, 3, 1, _pad(1, 2), base_dilation=(1, 2)), (HALF,),
          "i j -> i j {i=4 j=32} shift j(0,1)"),
+    # With windows of 5 two elements above, the first of them at o+1.
+    Case("reduce_window_sum",
+         _pool(lax.add, 0.0, 5, 1, _pad(1, 4), base_dilation=(1, 2)), (HALF,),
+         "i j -> i j {i=4 j=32} shift j(0,2)"),
+    # Two elements: each device has one and reads the other's; of three, or from three
+    # to two, neither has a part of its own.
+    Case("reduce_window_sum", _pool(lax.add, 0.0, 2, 1, _pad(0, 1)), (Arg((4, 2)),),
+         "i j -> i j {i=4 j=2} shift j(0,1)"),
+    Case("reduce_window_sum", _pool(lax.add, 0.0, 2, 1, _pad(1, 1)), (Arg((4, 2)),),
+         "i j -> i j {i=4 j=3} blocked j"),
+    Case("reduce_window_sum", _pool(lax.add, 0.0, 2), (Arg((4, 3)),),
+         "i j -> i j {i=4 j=3} blocked j"),
     Case("reduce_window", _pool(_mine, -np.inf, 3, 1, _pad(1, 1)), (X,),
          "i j, . -> i j {i=4 j=32} shift j(1,1)"),
     Case("reduce_window", _pool(_mine, -np.inf, 32), (X,),
@@ -213,6 +236,19 @@ POOLING = [
     # end at b+1.
     Case("select_and_scatter_add", _cotangent(3, stride=2, padding=_pad(1, 1)),
          (HALF, X), "i j, i j -> i j {i=4 j=16} shift j(1,2)"),
+    # Window o covers 2o-2 .. 2o+2: from a-4, as window a/2-1 ends at a, up to b+2.
+    Case("select_and_scatter_add", _cotangent(5, stride=2, padding=_pad(2, 2)),
+         (Arg((4, 8)), HALF), "i j, i j -> i j {i=4 j=8} shift j(4,3)"),
+    # Window o covers o-2 .. o: from a-2 up to b+1.
+    Case("select_and_scatter_add", _cotangent(3, padding=_pad(2, 0)), (HALF, HALF),
+         "i j, i j -> i j {i=4 j=16} shift j(2,2)"),
+    # Just half of the dim on either side, and just more.
+    Case("select_and_scatter_add", _cotangent(9, padding=_pad(4, 4)), (HALF, HALF),
+         "i j, i j -> i j {i=4 j=16} shift j(8,8)"),
+    Case("select_and_scatter_add", _cotangent(7, stride=2, padding=_pad(3, 3)),
+         (Arg((4, 4)), Arg((4, 8))), "i j, i j -> i j {i=4 j=8} blocked j"),
+    Case("select_and_scatter_add", _cotangent(32), (Arg((4, 1)), X),
+         "i 1, i j -> i j {i=4 j=32} blocked j"),
     Case("select_and_scatter_add", _cotangent(3), (Arg((4, 30)), X),
          "i j, i j -> i j {i=4 j=32} blocked j"),
     # The pooling reads 5 beyond its part, its gradient 10, which is over half of 16.

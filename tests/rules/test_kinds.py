@@ -31,6 +31,14 @@ from autoshard.rules.registry import entries, example_rule
             {"batch_group_count": 3},
             2 * 2 * 16 * 12 * 5 * 3,
         ),
+        # One feature only.
+        (
+            "conv_general_dilated",
+            ((6, 5, 16), (1, 5, 3)),
+            ((6, 1, 16),),
+            {},
+            2 * 6 * 16 * 5 * 3,
+        ),
         ("dot_general", ((8, 4), (4, 2)), ((8, 2),), {}, 2 * 8 * 4 * 2),
         # Every row meets one group's matrix only.
         ("ragged_dot_general", ((16, 8), (4, 8, 2), (4,)), ((16, 2),), {}, 512),
