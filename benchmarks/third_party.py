@@ -60,13 +60,13 @@ def full(name: str) -> dict[str, Any]:
     from clients import clients
 
     from autoshard import cluster
-    from autoshard.plan.files import strategy_names
+    from autoshard.plan.files import load_strategy, strategy_names
     from autoshard.search.search import Space
 
     case = clients()[name].full()
     chips = cluster(FULL_CLUSTER)
     start_s = time.perf_counter()
-    space = Space(case.step, case.abstract_args, lambda _: None)
+    space = Space(case.step, case.abstract_args, lambda _: None, load_strategy("auto"))
     try:
         sketch = space.sketch("none")
     except Exception as error:
@@ -107,8 +107,14 @@ def _propagated(space: Any, name: str, chips: Any) -> dict[str, Any]:
     from autoshard.plan.files import load_strategy
     from autoshard.plan.sharded import Layout
     from autoshard.propagate import propagate
+    from autoshard.search.annotations import check_annotations
 
     strategy = load_strategy(name)
+    # One trace serves all strategies that ship: none names axes or paths anew.
+    assert not strategy.aliases, name
+    assert not strategy.specs, name
+    assert not strategy.replicate, name
+    check_annotations(space.sketch("none").traced, strategy)
     schedule = strategy.schedule.model_copy(update={"remat": "none"})
     groups = space.price(strategy.model_copy(update={"schedule": schedule}), chips)
     capacity = chips.hbm_bytes * MEMORY_HEADROOM

@@ -18,6 +18,10 @@ _WORD = np.dtype(np.uint64)
 _NOTHING = jax.dtypes.float0
 
 
+REMAT_SCOPE = "checkpoint"
+"""Scope of what is computed again in the backward pass, as the compiler writes it."""
+
+
 class Builder:
     """Collects values, ops and regions while jaxprs are walked."""
 
@@ -129,6 +133,8 @@ class Builder:
         scope: str,
     ) -> list[int]:
         inner, taken = called
+        if eqn.primitive.name in _jaxcompat.REMAT_PRIMITIVES:
+            scope = self._join(scope, REMAT_SCOPE) if scope else REMAT_SCOPE
         # Literals cannot be looked up by the callee's variable.
         operands = [
             self.held(atom, index, region)

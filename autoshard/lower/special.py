@@ -24,6 +24,7 @@ from autoshard.ir import _jaxcompat
 from autoshard.ir.mesh import Spec
 from autoshard.plan.records import DelayedSum, Root
 from autoshard.plan.schema import Plan
+from autoshard.rules.foreign import call_on_parts
 
 Run = Callable[[str, Any, list[Any]], list[Any] | None]
 
@@ -135,8 +136,14 @@ def _on_each_device(
     kept = {a for spec in made for a in spec.axes}
     summed = sorted({a for spec in given for a in spec.axes} - kept)
 
+    call = call_on_parts(eqn)
+
     def body(*parts: Any) -> tuple[Any, ...]:
-        results = _jaxcompat.eval_equation(eqn, list(parts))
+        if call is None:
+            results = _jaxcompat.eval_equation(eqn, list(parts))
+        else:
+            made = call(*parts)
+            results = made if isinstance(made, tuple | list) else [made]
         return tuple(jax.lax.psum(r, summed) if summed else r for r in results)
 
     mapped = jax.shard_map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,10 @@ from autoshard.ir.train_step import TrainState, TrainStep
 from autoshard.lower.check import check_fingerprint, check_tensors
 from autoshard.lower.special import pin_name, special_ops
 from autoshard.plan.schema import Plan
+
+
+_LINK = re.compile(r":(in|out|carry)\d+$")
+"""Addresses of links, which tie the inside of a structure to its outside."""
 
 
 def build_mesh(plan: Plan, devices: Sequence[Any] | None = None) -> Mesh:
@@ -75,11 +80,15 @@ class _Lowered:
             )
 
         def place(address: str, slot: str, value: Any) -> Any:
-            sharding = pins.get((address, slot))
-            if sharding is None:
-                return value
-            with jax.named_scope(pin_name(address, slot)):
-                return jax.lax.with_sharding_constraint(value, sharding)
+            before = slot.replace("in", "had")
+            if _LINK.search(address):  # for other results see `special_ops`
+                before = before.replace("out", "sum")
+            for at in dict.fromkeys((before, slot)):
+                sharding = pins.get((address, at))
+                if sharding is not None:
+                    with jax.named_scope(pin_name(address, at)):
+                        value = jax.lax.with_sharding_constraint(value, sharding)
+            return value
 
         def run(*args: Any) -> Any:
             results = evaluate(
@@ -115,7 +124,8 @@ def _traced(fn: Callable[..., Any], args: Sequence[Any], plan: Plan) -> Traced:
 def _slots(traced: Traced) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for op in traced.program.ops:
-        found |= {(op.address, f"in{k}") for k in range(len(op.inputs))}
+        for k in range(len(op.inputs)):
+            found |= {(op.address, f"in{k}"), (op.address, f"had{k}")}
         for k in range(len(op.outputs)):
             found |= {(op.address, f"{s}{k}") for s in ("out", "sum", "each")}
     return found

@@ -103,7 +103,7 @@ class _Trail:
             parts = split.get(key)
             if parts is None:
                 parts = split[key] = tuple(
-                    self._split(cls, axes, given and given[d])
+                    self._split(cls, axes, given[d] if given else None)
                     for d, (cls, axes) in enumerate(zip(row, spec, strict=True))
                 )
             if not any(map(any, parts)):

@@ -109,23 +109,23 @@ def find_edges(
                 made |= bits[r]
                 for o in range(cut):
                     found.append((nodes[o], nodes[r], bits[o] & bits[r], True))
-            pairs = (
+            siblings = (
                 combinations(range(cut), 2)
                 if cut <= _FEW
                 else ((0, other) for other in range(1, cut))
             )
-            for o, p in pairs:
+            for o, p in siblings:
                 both = np.where(made, 0, bits[o] & bits[p])
                 found.append((nodes[o], nodes[p], both, False))
     if not found:
         none = np.zeros(0, np.int64)
         return Edges(none, none, none, none.astype(bool))
     kept = [np.flatnonzero(bits) for _, _, bits, _ in found]
-    left, right, shared = (
-        np.concatenate([e[k][some] for e, some in zip(found, kept, strict=True)])
-        for k in range(3)
-    )
-    flows = np.repeat([e[3] for e in found], [len(some) for some in kept])
+    pairs = list(zip(found, kept, strict=True))
+    left = np.concatenate([edge[0][some] for edge, some in pairs])
+    right = np.concatenate([edge[1][some] for edge, some in pairs])
+    shared = np.concatenate([edge[2][some] for edge, some in pairs])
+    flows = np.repeat([edge[3] for edge in found], [len(some) for some in kept])
     return Edges(left, right, shared, flows)
 
 

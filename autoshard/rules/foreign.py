@@ -11,10 +11,10 @@ reads: `flash` may be cut along b, s and h, and each device needs all of t and d
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from autoshard.ir.errors import InputError
 from autoshard.ir.program import Op
@@ -69,7 +69,12 @@ class Pattern:
 _PATTERNS: dict[str, Pattern] = {}
 
 
-def register_rule(name: str, text: str) -> None:
+_CALLS: dict[str, Callable[..., Any]] = {}
+
+
+def register_rule(
+    name: str, text: str, *, call: Callable[..., Any] | None = None
+) -> None:
     """Says how a foreign call or a primitive without a rule is sharded.
 
     Args:
@@ -81,6 +86,11 @@ def register_rule(name: str, text: str) -> None:
             Without `flops` the call is priced by a Pallas kernel's own cost estimate
             if it has one, else by the bytes of its operands and results alone. A
             second rule of the same name replaces the first.
+        call: `(*operands) -> result or tuple of results`, the same computation for
+            operands of any size. A Pallas kernel or an `ffi_call` is traced for whole
+            arrays and cannot run on parts of them; with this it is built again for
+            the part that a device holds. A primitive that infers its own shapes needs
+            none.
 
     Raises:
         InputError: The text is no rule, or the primitive has a rule that is built in.
@@ -99,6 +109,37 @@ def register_rule(name: str, text: str) -> None:
         )
         raise InputError(f"no rule can be registered for {name!r}: {whose}.")
     _PATTERNS[name] = parse(name, text)
+    _CALLS.pop(name, None)
+    if call is not None:
+        _CALLS[name] = call
+
+
+def call_on_parts(op: Op) -> Callable[..., Any] | None:
+    """What computes an op on a device's part; None if the op itself can.
+
+    Args:
+        op: A foreign op, or the equation of one.
+
+    Raises:
+        InputError: It cannot, and nothing was registered that does.
+    """
+    name = rule_name(op)
+    if name in _CALLS:
+        return _CALLS[name]
+    if _primitive(op) not in CALLS:
+        return None
+    where = getattr(op, "source", "") or name
+    raise InputError(
+        f"the kernel {name!r} at {where} is traced for whole arrays, and its rule "
+        f"{_PATTERNS[name].text!r} lets each device compute a part. Say how to call it "
+        f"on parts, register_rule({name!r}, ..., call=lambda *operands: ...), or "
+        "declare its names blocked, so that every device computes the whole."
+    )
+
+
+def _primitive(op: Any) -> str:
+    """The primitive's name, of an op or of an equation."""
+    return getattr(op.primitive, "name", op.primitive)
 
 
 def registered() -> dict[str, str]:
@@ -113,12 +154,12 @@ def foreign(op: Op) -> bool:
 
 def rule_name(op: Op) -> str:
     """The name under which the rule of an op without a built-in rule is looked up."""
-    params = op.params
-    if op.primitive == "ffi_call":
+    params, primitive = op.params, _primitive(op)
+    if primitive == "ffi_call":
         return str(params["target_name"])
-    if op.primitive == "pallas_call":
+    if primitive == "pallas_call":
         return str(params.get("name") or params["jaxpr"].debug_info.func_name)
-    return op.primitive
+    return primitive
 
 
 def registered_rule(

@@ -10,6 +10,7 @@ from autoshard.ir.mesh import Spec
 from autoshard.plan.schema import Constraint
 from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
 from autoshard.propagate.project import natural_dims, spec_of
+from autoshard.rules.foreign import call_on_parts
 
 _Pins = dict[tuple[str, str], Dims]
 
@@ -61,6 +62,7 @@ def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
     ):
         if rule.op_kind != "foreign" or not any(axes):
             continue
+        call_on_parts(op)  # an error here rather than when the plan is lowered
         for k, dims in enumerate(natural_dims(rule, axes)):
             pinned[op.address, f"each{k}"] = dims
         for k, (value, dims) in enumerate(zip(op.inputs, rule.operands, strict=True)):
@@ -110,11 +112,6 @@ def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
     """
     program, rules = sharded.traced.program, sharded.classes.rules
     seen: set[tuple[int, int]] = set()
-    carries = {
-        op.inputs[0]: op.address
-        for op in program.ops
-        if op.params.get("kind") == "carry"
-    }
     left = [
         (reshard.value, d)
         for reshard in sharded.reshards
@@ -135,13 +132,11 @@ def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
         dim = rule.results[k][d]
         if not dim or op.params.get("kind") in ("carry_in", "carry"):
             continue
-        if op.params.get("kind") in ("carry_out", "stack"):
-            inner = op.inputs[0]
-            at = (carries[inner], "out0") if inner in carries else (op.address, "in0")
-            pinned.setdefault(at, sharded.specs[inner])
-            continue
-        if rule.kinds[dim[0]] in ("blocked", "shift"):
-            pinned.setdefault((op.address, f"out{k}"), sharded.specs[value])
+        leaves = op.params.get("kind") in ("carry_out", "stack")
+        if leaves or rule.kinds[dim[0]] in ("blocked", "shift"):
+            natural = natural_dims(rule, sharded.factor_axes[producer])[k]
+            slot = "out" if natural == sharded.specs[value] else "sum"
+            pinned.setdefault((op.address, f"{slot}{k}"), natural)
             continue
         left += [
             (operand, e)

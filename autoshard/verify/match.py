@@ -21,7 +21,7 @@ from autoshard.verify.hlo import Emitted
 
 Item = TypeVar("Item", Collective, Emitted)
 
-_PIN = re.compile(r"pinned\[(.+)\](?:in|out|sum)\d+")
+_PIN = re.compile(r"pinned\[(.+)\](?:had|in|out|sum)\d+")
 _SUMS = ("all_reduce", "reduce_scatter")
 _LOOKUP = re.compile(r"(gather|scatter[\w\-]*)$")
 _CUTS = {

@@ -12,14 +12,16 @@ from autoshard.ir.seeds import Seed
 from autoshard.ir.trace import Traced
 from autoshard.plan.sharded import ShardedProgram
 from autoshard.propagate import find_classes, propagate
+from autoshard.propagate.fixed import STORAGE_AXES
 
 
 def again(sharded: ShardedProgram) -> list[str]:
     """Fixes every spec that was found and propagates again: nothing may change.
 
-    State and its storage are left out, as what a user fixes of state says both how it
-    is stored and how it is used; so are values of constants only, which no device takes
-    from another one.
+    How state is stored is left out, as a spec that a user gives a parameter says both
+    how it is stored and how it is used: `data` and `fsdp` only the former, so a program
+    that computes with a parameter sharded over these is not asked. Left out are also
+    values of constants only, which no device takes from another one.
     """
     traced, classes = sharded.traced, sharded.classes
     layout = replace(sharded.layout, params=(), gradients=(), optimizer=())
@@ -30,10 +32,12 @@ def again(sharded: ShardedProgram) -> list[str]:
         for value, info in zip(traced.program.inputs, traced.inputs, strict=True)
         if info.state != "data"
     }
+    if any(STORAGE_AXES & {a for dim in sharded.specs[v] for a in dim} for v in state):
+        return []
     seeds = tuple(
         Seed(v, tuple(spec), "found", f"found spec of value {v}")
         for v, spec in enumerate(sharded.specs)
-        if v not in sharded.free and v not in state
+        if v not in sharded.free
     )
     fixed = replace(traced, seeds=seeds)
     other = propagate(fixed, find_classes(fixed, aliases=classes.aliases), layout)
