@@ -1,8 +1,8 @@
 """Time of propagation in programs that are not scanned, by number of equations.
 
 A train step (forward, backward, AdamW) of a Llama with its layers written out is
-traced; that is not counted. Then dim classes are found (which finds the repeated
-blocks, too) and a layout is propagated: tensor parallelism, sharded residual stream,
+traced, which finds the repeated blocks, too; that is not counted (the time of finding
+blocks is shown by itself). Then dim classes are found and a layout is propagated: tensor parallelism, sharded residual stream,
 batch over data, all state stored in parts. Median of five, each size in a process of
 its own; processor time is shown, too, which a busy machine lengthens less.
 
@@ -160,7 +160,7 @@ def child() -> int:
         classes_s.append(middle_s - begin_s)
         layout_s.append(end_s - middle_s)
     peak = peak_bytes()
-    for _ in range(RUNS):  # a part of finding classes, shown by itself
+    for _ in range(RUNS):  # a part of tracing, shown by itself
         begin_s = time.perf_counter()
         blocks = find_blocks(traced.program)
         blocks_s.append(time.perf_counter() - begin_s)

@@ -16,6 +16,7 @@ import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.work import Work
+from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import AXES
 from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.plan.cluster import Cluster
@@ -372,7 +373,7 @@ def _key(sharded: ShardedProgram, reshard: Reshard) -> tuple[Any, ...]:
     op = sharded.traced.program.ops[reshard.op] if reshard.op != OUTPUT else None
     region = op.region if op else 0
     # Rematerialisation keeps what the backward pass gathers apart from the forward's.
-    again = sharded.rematted and op is not None and "transpose(" in op.scope
+    again = op is not None and is_rematted(op)
     return (
         reshard.value,
         reshard.source,

@@ -17,9 +17,8 @@ _NOT_PLAIN = frozenset(STRUCTURES) | _jaxcompat.CALLS
 _WORD = np.dtype(np.uint64)
 _NOTHING = jax.dtypes.float0
 
-
-REMAT_SCOPE = "checkpoint"
-"""Scope of what is computed again in the backward pass, as the compiler writes it."""
+_REMAT = "checkpoint"
+"""Scope of what runs in a rematerialised call, as the compiler writes it."""
 
 
 class Builder:
@@ -134,7 +133,7 @@ class Builder:
     ) -> list[int]:
         inner, taken = called
         if eqn.primitive.name in _jaxcompat.REMAT_PRIMITIVES:
-            scope = self._join(scope, REMAT_SCOPE) if scope else REMAT_SCOPE
+            scope = self._join(scope, _REMAT) if scope else _REMAT
         # Literals cannot be looked up by the callee's variable.
         operands = [
             self.held(atom, index, region)
@@ -248,3 +247,8 @@ class Builder:
         elif same:
             self.scalars.learn(value, self.scalars.of_value(outer))
         return value
+
+
+def is_rematted(op: Op) -> bool:
+    """Whether an op runs in a rematerialised call, whose operands are kept apart."""
+    return _REMAT in op.scope and _REMAT in op.scope.split("/")

@@ -18,6 +18,7 @@ from autoshard.ir.annotations.notes import Note, Reading, read
 from autoshard.ir.errors import AutoshardError, InputError
 from autoshard.ir.program import Program, build
 from autoshard.ir.seeds import AnnotationReport, Seed
+from autoshard.ir.ties import Blocks, find_blocks
 from autoshard.ir.train_step import TrainStep, path_string
 
 
@@ -51,6 +52,7 @@ class Traced:
         out_tree: Structure of the results.
         out_source: Per flat result, the flat argument it replaces, or -1.
         args: The abstract arguments.
+        blocks: What repeats in the program.
         seeds: What annotations fix in mesh axes.
         annotations: How many annotations were found and how many reached the jaxpr.
         mesh_sizes: Size of each of the user's mesh axes that a manual region fixes.
@@ -62,6 +64,7 @@ class Traced:
     out_tree: Any
     out_source: tuple[int, ...]
     args: tuple[Any, ...]
+    blocks: Blocks
     seeds: tuple[Seed, ...] = ()
     annotations: AnnotationReport = field(default_factory=AnnotationReport)
     mesh_sizes: dict[str, int] = field(default_factory=dict)
@@ -169,6 +172,7 @@ def trace(
     if not isinstance(fn, TrainStep):
         inputs = _with_optimizer_states(program, inputs)
     return Traced(
+        blocks=find_blocks(program),
         program=program,
         jaxpr=jaxpr,
         inputs=inputs,

@@ -44,7 +44,7 @@ def special_ops(plan: Plan, mesh: Mesh) -> Run:
     for constraint in plan.constraints:
         slots.setdefault(constraint.address, {})[constraint.slot] = constraint.spec
     for address, specs in slots.items():
-        if "sum0" in specs:
+        if any(slot.startswith("sum") for slot in specs):
             handlers[address] = partial(_lookup, address, specs, mesh)
     for sum_ in plan.delayed:
         for root, spec in zip(sum_.roots, sum_.specs, strict=True):

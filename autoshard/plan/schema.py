@@ -285,8 +285,9 @@ class Constraint(Record):
 
     Attributes:
         address: Address of the op, see `ir.walk`.
-        slot: `in0`, `in1`, ... for an operand, `out0`, ... for a result; `sum0`, ...
-            for a result before the plan reshards it, its partial sums complete;
+        slot: `in0`, `in1`, ... for an operand, `out0`, ... for a result; `had0`, ...
+            for an operand and `sum0`, ... for a result before the plan reshards it,
+            its partial sums complete;
             `each0`, ... for a result as each device makes it, where the op runs under
             `shard_map`.
         spec: Spec the value gets there.

@@ -84,6 +84,7 @@ class _Outcome:
         reshards: `(slot number, is result, source, unreduced, target)`.
         pins: Slots to pin.
         states: What later ops see of each result, see `_state_of`.
+        quiet: Whether there is nothing but axes and specs to it.
     """
 
     axes: Dims
@@ -93,6 +94,7 @@ class _Outcome:
     reshards: tuple[tuple[int, bool, Dims, tuple[str, ...], Dims], ...]
     pins: tuple[str, ...]
     states: tuple[int, ...] = ()
+    quiet: bool = False
 
 
 @dataclass
@@ -205,6 +207,7 @@ class _Propagation:
 
     def _visit(self, op: Op, rule: FactorRule) -> None:
         state, outputs, index = self.state, op.outputs, op.index
+        wants = self.wants
         seen = []
         for v in op.inputs:
             if v < 0:
@@ -217,9 +220,9 @@ class _Propagation:
         name = op.primitive
         key = (
             id(rule),
-            self.wants.wish_of_factor[index],
+            wants.wish_of_factor[index],
             op.params["kind"] if name == LINK else name if name in _NAMED else "",
-            outputs[0] in self.wants.activations if outputs else False,
+            outputs[0] in wants.activations if outputs else False,
             *seen,
             *[state[v] for v in outputs],
         )
@@ -229,8 +232,16 @@ class _Propagation:
         if outcome is None:
             outcome = self._decide(op, rule)
             self._apply(op, rule, outcome)
+            quiet = not (
+                outcome.stored
+                or outcome.free
+                or outcome.reshards
+                or outcome.pins
+                or rule.halos
+                or rule.op_kind == "collective"
+            )
             states = tuple([self._state_of(v) for v in outputs])
-            outcome = replace(outcome, states=states)
+            outcome = replace(outcome, states=states, quiet=quiet)
             self.outcomes[key] = outcome
         else:
             self._apply(op, rule, outcome)
@@ -296,6 +307,8 @@ class _Propagation:
         self.factor_axes.append(outcome.axes)
         for value, spec in zip(op.outputs, outcome.specs, strict=True):
             self.specs[value] = spec
+        if outcome.quiet:
+            return
         for k in outcome.stored:
             self.stored[op.outputs[k]] = outcome.specs[k]
         for k in outcome.free:

@@ -16,7 +16,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from autoshard.ir.program import LINK, Program
-from autoshard.ir.ties import find_blocks
 from autoshard.ir.trace import Traced
 from autoshard.plan.ragged import Ragged
 from autoshard.plan.sharded import LAYERS, DimClasses
@@ -84,7 +83,7 @@ def find_classes(
         of_value=of_value,
         of_factor=of_factor,
         names=names,
-        blocks=find_blocks(program),
+        blocks=traced.blocks,
         origins=origins,
         named_at=tuple(named_at),
         fixed=fix(traced, rules, aliases or {}),

@@ -6,6 +6,7 @@ the specs of its neighbours.
 
 from __future__ import annotations
 
+from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import Spec
 from autoshard.plan.schema import Constraint
 from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
@@ -34,6 +35,8 @@ def constraints(
             continue  # the results' own shardings say it
         address = ops[reshard.op].address
         pinned[address, reshard.slot] = reshard.target
+        if _enters_remat(sharded, reshard):
+            pinned[address, reshard.slot.replace("in", "had")] = reshard.source
         if _needs_whole(sharded, reshard, sizes):
             pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
     _pin_foreign(sharded, pinned)
@@ -68,6 +71,21 @@ def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
         for k, (value, dims) in enumerate(zip(op.inputs, rule.operands, strict=True)):
             if value >= 0:
                 pinned[op.address, f"in{k}"] = spec_of(dims, axes)
+
+
+def _enters_remat(sharded: ShardedProgram, reshard: Reshard) -> bool:
+    """Whether something from outside is moved where values are computed again.
+
+    Shown only what it becomes, the partitioner moves it once for the forward and the
+    backward pass, and keeps it in between.
+    """
+    ops = sharded.traced.program.ops
+    producer = sharded.traced.program.values[reshard.value].producer
+    return (
+        reshard.slot.startswith("in")
+        and is_rematted(ops[reshard.op])
+        and (producer < 0 or not is_rematted(ops[producer]))
+    )
 
 
 def _scatters(reshard: Reshard) -> bool:
