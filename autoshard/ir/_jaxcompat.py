@@ -54,6 +54,8 @@ KERNEL_NAME_PARAM = {"ffi_call": "target_name", "pallas_call": "name"}
 
 REMAT_PRIMITIVES = frozenset({"remat2", "checkpoint"})
 
+NO_MESH = jax.sharding.AbstractMesh((), ())
+
 PLACEMENTS = frozenset({"sharding_constraint", "reshard", "mesh_cast"})
 """Primitives that say where a value lies and are the identity otherwise."""
 
@@ -214,6 +216,8 @@ def eval_equation(
     with (
         source_info_util.user_context(eqn.source_info.traceback, name_stack=scope),
         eqn.ctx.manager,
+        # From one mesh to another of a different size there is only a way through none.
+        jax.sharding.use_abstract_mesh(NO_MESH),
         jax.sharding.use_abstract_mesh(mesh),
     ):
         out = eqn.primitive.bind(*values, **given)
@@ -223,7 +227,11 @@ def eval_equation(
 def context_here(eqn: Any) -> Any:
     """The context of an equation, but for the mesh, which is that of the caller."""
     mesh = jax.sharding.get_abstract_mesh()
-    with eqn.ctx.manager, jax.sharding.use_abstract_mesh(mesh):
+    with (
+        eqn.ctx.manager,
+        jax.sharding.use_abstract_mesh(NO_MESH),
+        jax.sharding.use_abstract_mesh(mesh),
+    ):
         return type(eqn.ctx)()
 
 

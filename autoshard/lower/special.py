@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from autoshard.ir import _jaxcompat
 from autoshard.ir.mesh import Spec
+from autoshard.lower.pins import pin_name, pinned
 from autoshard.plan.records import DelayedSum, Root
 from autoshard.plan.schema import Plan
 from autoshard.rules.foreign import call_on_parts
@@ -166,30 +167,29 @@ def _lookup(
     from becoming a reduce-scatter.
     """
 
-    def pinned(x: jax.Array, slot: str) -> jax.Array:
+    def at(x: jax.Array, slot: str) -> jax.Array:
         if slot not in specs:
             return x
         sharding = NamedSharding(mesh, specs[slot].to_partition_spec())
-        with jax.named_scope(pin_name(address, slot)):
-            return jax.lax.with_sharding_constraint(x, sharding)
+        return pinned(x, sharding, pin_name(address, slot))
 
     fills = eqn.primitive.name == "gather" and (
         eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
     )
     if not fills:
         results = _jaxcompat.eval_equation(eqn, values)
-        return [pinned(r, f"sum{k}") for k, r in enumerate(results)]
+        return [at(r, f"sum{k}") for k, r in enumerate(results)]
     params = {**eqn.params, "mode": jax.lax.GatherScatterMode.CLIP, "fill_value": None}
     (out,) = _jaxcompat.eval_equation(eqn, values, params)
-    out = pinned(pinned(out, "sum0"), "out0")
+    out = at(at(out, "sum0"), "out0")
     table, indices = values
     numbers = params["dimension_numbers"]
     last = [table.shape[d] - params["slice_sizes"][d] for d in numbers.start_index_map]
     # No index of a narrow type leaves a long table.
     reach = np.minimum(last, np.iinfo(indices.dtype).max).astype(indices.dtype)
     inside = jnp.all((indices >= 0) & (indices <= reach), axis=-1)
-    at = [d for d in range(out.ndim) if d not in numbers.offset_dims]
-    inside = jax.lax.broadcast_in_dim(inside, out.shape, at)
+    rows = [d for d in range(out.ndim) if d not in numbers.offset_dims]
+    inside = jax.lax.broadcast_in_dim(inside, out.shape, rows)
     return [jnp.where(inside, out, _filler(out.dtype, eqn.params["fill_value"]))]
 
 
@@ -203,8 +203,3 @@ def _filler(dtype: Any, given: Any) -> jax.Array:
         return jnp.asarray(True)
     info = jnp.iinfo(dtype)
     return jnp.asarray(info.min if info.min < 0 else info.max, dtype)
-
-
-def pin_name(address: str, slot: str) -> str:
-    """Scope of a pin, so that profiles and the compiler's output say whose it is."""
-    return f"pinned[{address}]{slot}"

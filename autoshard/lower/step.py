@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,12 +16,9 @@ from autoshard.ir.mesh import ALIASES, Spec
 from autoshard.ir.trace import Traced, abstract, trace
 from autoshard.ir.train_step import TrainState, TrainStep
 from autoshard.lower.check import check_fingerprint, check_tensors
-from autoshard.lower.special import pin_name, special_ops
+from autoshard.lower.pins import Pins
+from autoshard.lower.special import special_ops
 from autoshard.plan.schema import Plan
-
-
-_LINK = re.compile(r":(in|out|carry)\d+$")
-"""Addresses of links, which tie the inside of a structure to its outside."""
 
 
 def build_mesh(plan: Plan, devices: Sequence[Any] | None = None) -> Mesh:
@@ -69,8 +65,7 @@ class _Lowered:
 
     def _compile(self, traced: Traced, donate: tuple[int, ...]) -> None:
         plan, mesh = self.plan, self.mesh
-        pins = {(c.address, c.slot): _sharding(mesh, c.spec) for c in plan.constraints}
-        missing = set(pins) - _slots(traced)
+        missing = {(c.address, c.slot) for c in plan.constraints} - _slots(traced)
         if missing:
             address, slot = min(missing)
             raise PlanMismatchError(
@@ -79,22 +74,11 @@ class _Lowered:
                 "Search again."
             )
 
-        def place(address: str, slot: str, value: Any) -> Any:
-            before = slot.replace("in", "had")
-            if _LINK.search(address):  # for other results see `special_ops`
-                before = before.replace("out", "sum")
-            for at in dict.fromkeys((before, slot)):
-                sharding = pins.get((address, at))
-                if sharding is not None:
-                    with jax.named_scope(pin_name(address, at)):
-                        value = jax.lax.with_sharding_constraint(value, sharding)
-            return value
-
         def run(*args: Any) -> Any:
             results = evaluate(
                 traced.jaxpr,
                 jax.tree.leaves(args),
-                place,
+                Pins(plan, mesh),
                 mesh=mesh,
                 rename={**ALIASES, **plan.strategy.aliases},
                 foreign=special_ops(plan, mesh),

@@ -56,7 +56,7 @@ def find_classes(
     >>> x, w = jax.ShapeDtypeStruct((8, 4), "float32"), jnp.ones((4, 2))
     >>> classes = find_classes(trace(lambda w, x: x @ w, [w, x]))
     >>> classes.rules[0].text
-    'i j, j k -> i k {i=8 j=4 k=2} reduce j'
+    'i k, k j -> i j {i=8 j=2 k=4} reduce k'
     """
     program = traced.program
     opted = frozenset(replicate)

@@ -46,7 +46,8 @@ def nano_moe(size: str, optimizer: Any) -> Case:
             ),
         )
 
-    batch = tokens(config.batch_size, config.block_size, "x", "y")
+    rows = 64 if size == "full" else 8  # the default of 32 is too few for 64 chips
+    batch = tokens(rows, config.block_size, "x", "y")
     high = {"x": config.vocab_size, "y": config.vocab_size}
     return of_function(step, make, batch, high=high)
 

@@ -41,8 +41,7 @@ def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, .
 
     Raises:
         NameUnknownError: An expression finds no path.
-        InputError: It is no regular expression, or decides nothing since others come
-            first, or its entry does not fit an input.
+        InputError: It is no regular expression, or its entry does not fit an input.
 
     >>> from autoshard.ir.trace import InputInfo
     >>> w = InputInfo("params/attn/q", (8, 4), "float32", "params", (None, None))
@@ -53,7 +52,6 @@ def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, .
     patterns = [(_compiled(text), entry) for text, entry in specs.items()]
     seeds: list[Seed] = []
     found = dict.fromkeys(specs, 0)
-    decided = dict.fromkeys(specs, 0)
     for number, info in enumerate(inputs):
         first = True
         for pattern, entry in patterns:
@@ -63,7 +61,6 @@ def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, .
             if not first:
                 continue
             first = False
-            decided[pattern.pattern] += 1
             where = f"{KIND} {pattern.pattern!r} of {info.path}"
             dims = _dims(entry, info, where)
             if dims is not None:
@@ -71,12 +68,6 @@ def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, .
     for text in specs:
         if not found[text]:
             raise NameUnknownError(_nothing(text, inputs))
-        if not decided[text]:
-            raise InputError(
-                f"the path map's {text!r} decides nothing: all {found[text]} paths it "
-                "finds are found by an expression before it. Move it up, or leave it "
-                "out."
-            )
     return tuple(seeds)
 
 
