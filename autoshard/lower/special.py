@@ -80,15 +80,19 @@ def _product(
     """A `dot_general` with its partial sums apart along a new leading dim."""
     ways = prod(mesh.shape[a] for a in sum_.axes)
     (contracted, batch) = eqn.params["dimension_numbers"]
-    operands, dims_out, batch_out = [], [], []
+    operands: list[jax.Array] = []
+    dims_out: list[tuple[int, ...]] = []
+    batch_out: list[tuple[int, ...]] = []
     for x, dims, batch_dims in zip(values, contracted, batch, strict=True):
         at = dims[root.contraction]
         operands.append(_split(x, at, ways))
         # The pieces lie at `at`, what is left of the dim behind them.
         dims_out.append(tuple(d + (d >= at) for d in dims))
         batch_out.append((at, *(d + (d > at) for d in batch_dims)))
+    left, right = operands
     out = jax.lax.dot_general(
-        *operands,
+        left,
+        right,
         (tuple(dims_out), tuple(batch_out)),
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 
-class Ragged:
+Numbers = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Ragged(Sequence[tuple[int, ...]]):
     """A read-only sequence of integer tuples.
 
     Args:
@@ -21,20 +25,21 @@ class Ragged:
 
     __slots__ = ("_flat", "_starts")
 
-    def __init__(self, flat: Sequence[int], starts: Sequence[int]) -> None:
-        self._flat = flat.tolist() if isinstance(flat, np.ndarray) else list(flat)
-        self._starts = (
-            starts.tolist() if isinstance(starts, np.ndarray) else list(starts)
-        )
+    def __init__(self, flat: Numbers, starts: Numbers) -> None:
+        self._flat: list[int] = np.asarray(flat, dtype=np.int64).tolist()
+        self._starts: list[int] = np.asarray(starts, dtype=np.int64).tolist()
 
     def mapped(self, table: dict[int, int]) -> Ragged:
         """The same rows with each number replaced; 0 for one the table lacks."""
-        return Ragged([table.get(n, 0) for n in self._flat], self._starts)
+        found = Ragged((), (0,))
+        found._flat = [table.get(n, 0) for n in self._flat]
+        found._starts = self._starts
+        return found
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, row: int) -> tuple[int, ...]:
+    def __getitem__(self, row: Any) -> Any:
         starts = self._starts
         return tuple(self._flat[starts[row] : starts[row + 1]])
 

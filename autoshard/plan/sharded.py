@@ -247,8 +247,6 @@ class ShardedProgram:
         exchanges: Data that ops move by themselves.
         delayed: Partial sums that are added before they are reduced.
         conflicts: Wishes that could not all be met.
-        rematted: Whether parts of the program are computed again in the backward pass,
-            with what they gather.
     """
 
     traced: Traced
@@ -267,4 +265,3 @@ class ShardedProgram:
     exchanges: tuple[Exchange, ...] = ()
     delayed: tuple[Delayed, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
-    rematted: bool = False

@@ -15,6 +15,7 @@ than summed everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from autoshard.ir.program import BARRIER, LINK, Op, Program
 from autoshard.ir.trace import Traced
@@ -167,7 +168,6 @@ class _Propagation:
             exchanges=tuple(self.exchanges),
             delayed=self.sums.delayed,
             conflicts=tuple(self.wants.conflicts),
-            rematted=any("rematted_computation" in op.scope for op in program.ops),
         )
 
     def _place_inputs(self) -> tuple[Dims, ...]:
@@ -194,7 +194,7 @@ class _Propagation:
             value, base, self.layout.gradients, f"gradient of {path}"
         )
 
-    @property
+    @cached_property
     def _placed(self) -> dict[str, Dims]:
         """Storage of the parameters that the user placed himself, by path."""
         storage = self.classes.fixed.storage

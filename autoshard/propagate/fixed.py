@@ -12,7 +12,7 @@ of a way through it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autoshard.ir.program import LINK, Op
@@ -187,7 +187,7 @@ class _Fixpoint:
     def _passes(self, index: int) -> bool:
         return self.rules[index].op_kind in _PASSING
 
-    def _round(self, ops: Sequence[int] | set[int]) -> set[int]:
+    def _round(self, ops: Iterable[int]) -> set[int]:
         """Looks at some ops; returns the values of which a dim was fixed."""
         proposals: dict[int, list[tuple[_Wish, int]]] = defaultdict(list)
         for index in ops:

@@ -48,6 +48,11 @@ Shape = tuple[int, ...]
 _LETTERS = "ijklmnopqrstuvwxyzabcdefgh" + string.ascii_uppercase
 
 
+def letter(f: int) -> str:
+    """The name of a factor in a rule's text."""
+    return _LETTERS[f] if f < len(_LETTERS) else f"f{f}"
+
+
 @dataclass(frozen=True, slots=True)
 class FactorRule:
     """The einsum-like form of one op.
@@ -114,9 +119,6 @@ class FactorRule:
         Behind the sizes stand the factors that are not sharded freely; a halo follows
         its factor, as in `shift i(1,1)`.
         """
-
-        def letter(f: int) -> str:
-            return _LETTERS[f] if f < len(_LETTERS) else f"f{f}"
 
         def show(dims: tuple[Dim, ...]) -> str:
             words = [

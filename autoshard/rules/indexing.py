@@ -36,12 +36,11 @@ def _gather(ctx: RuleContext) -> FactorRule:
         numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
     ):
         table[a] = index[b]
-    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     windows: list[Dim] = []
     for d, size in enumerate(operand):
         if d in numbers.operand_batching_dims:
             continue
-        if d in gone:
+        if d in numbers.collapsed_slice_dims:
             table[d] = factors.new(size, "reduce")
         elif slices[d] == size:
             table[d] = factors.new(size)

@@ -104,7 +104,7 @@ def _top_k(ctx: RuleContext) -> FactorRule:
     axis = ctx.params["axis"]
     if axis is None:
         axis = ctx.params["reduction_dimension"]
-    axis = (len(operand) - 1 if axis is None else axis) % len(operand)
+    axis %= len(operand)
     rest = [() if d == axis else factors.new(size) for d, size in enumerate(operand)]
     of, best = (factors.new(shape[axis], "blocked") for shape in (operand, result))
     before, after = rest[:axis], rest[axis + 1 :]

@@ -120,7 +120,8 @@ def _built(
     return _one(entry.fn(RuleContext(entry_of, named, operands, results)))
 
 
-def _shapes(program: Program, op: Op) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+def shapes_of(program: Program, op: Op) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+    """Shapes of an op's operands and of its results."""
     values = program.values
     operands = (
         op.operand_shapes  # a literal has a shape, but is no value of the program
@@ -173,7 +174,7 @@ def rules_of(
             built(
                 op.primitive,
                 _params(program, op, entry) if entry.reads else (),
-                # As in `_shapes`: written out, for this loop runs once per op.
+                # As in `shapes_of`: written out, for this loop runs once per op.
                 op.operand_shapes
                 if -1 in inputs
                 else tuple([values[v].shape for v in inputs]),
@@ -198,7 +199,7 @@ def rule_of(
         RuleMissingError: Its primitive has none, and is not in `replicate`.
         InputError: It is a foreign call whose registered rule does not fit its shapes.
     """
-    operands, results = _shapes(program, op)
+    operands, results = shapes_of(program, op)
     entry = _RULES.get(op.primitive)
     if entry is not None:
         return _built(op.primitive, _params(program, op, entry), operands, results)

@@ -108,6 +108,7 @@ ELEMENTWISE = [
         "., i j, . -> i j {i=4 j=6}",
     ),
     Case("add", lax.add, (Arg((4, 1, 6)),) * 2, "i 1 j, i 1 j -> i 1 j {i=4 j=6}"),
+    Case("add", lax.add, (Arg((2, 6)),) * 2, "i j, i j -> i j {i=2 j=6}"),
     # Read over and over along a dim: that operand has no part of the factor to hold.
     Case("mul", lambda x, s: x * s, (X, Arg((1, 6))), "i j, 1 j -> i j {i=4 j=6}"),
     Case("select_n", lax.select, (B, X, X), "i j, i j, i j -> i j {i=4 j=6}"),

@@ -110,6 +110,13 @@ PRODUCTS = [
     Case("ragged_dot_general", _ragged((2,), (1,), NONE, 1, (0,)),
          (Arg((5, 16, 8)), Arg((4, 8, 2)), Arg((5, 4), I32)),
          "i j m, l m k, i 1 -> i j k {i=5 j=16 k=2 l=4 m=8} reduce l m"),
+    Case("ragged_dot_general", _ragged((0,), (1,), NONE, 2, (0,)),
+         (Arg((8, 5, 16)), Arg((4, 8, 2)), Arg((5, 4), I32)),
+         "m i j, l m k, i 1 -> i j k {i=5 j=16 k=2 l=4 m=8} reduce l m"),
+    # The same sizes for all places.
+    Case("ragged_dot_general", _ragged((2,), (1,), NONE, 1, (0,)),
+         (Arg((5, 16, 8)), Arg((4, 8, 2)), SIZES),
+         "i j m, l m k, 1 -> i j k {i=5 j=16 k=2 l=4 m=8} reduce l m"),
     Case("ragged_dot_general", _ragged((3,), (2,), ((0, 1), (0, 1)), 1, ()),
          (Arg((3, 6, 5, 8)), Arg((3, 6, 8, 2)), Arg((3, 4), I32)),
          "i j k m, i j m l, i 1 -> i j k l {i=3 j=6 k=5 l=2 m=8} reduce m"),

@@ -83,6 +83,8 @@ COLLECTIVE = [
     Case("reduce_scatter",
          _inside(lambda x: lax.psum_scatter(x, "x", scatter_dimension=1)),
          (Arg((8, 2)),), "i j -> i {i=4 j=2} blocked i j"),
+    Case("reduce_scatter", _inside(lambda x: lax.psum_scatter(x, "x")),
+         (Arg((4, 6)),), "i j -> j {i=2 j=6} blocked i j"),
     Case("unreduced_reduce_scatter",
          _inside(lambda x: lax.psum_scatter(_unreduced(x), "x", tiled=True)),
          (X,), "i j -> k j {i=4 j=6 k=2} blocked i j k"),
