@@ -212,7 +212,8 @@ def _indexed(
     elif (
         rule.kinds[factor] == "reduce"
         and which
-        and name not in ("scatter-max", "scatter-min")  # the largest of equals is both
+        # A gather changes nothing, and the largest of equals is both.
+        and name not in ("gather", "scatter-max", "scatter-min")
     ):
         # What was there before counts once.
         same = 1 if name == "scatter-mul" else 0

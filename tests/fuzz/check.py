@@ -19,9 +19,11 @@ import numpy as np
 from fuzz.build import Built, build, strategy_of
 from fuzz.describe import Case, nodes_of
 from fuzz.laws import again, any_order
+from jax.sharding import NamedSharding
 
 import autoshard as ash
 from autoshard.ir.errors import InfeasibleError
+from autoshard.ir.interpret import evaluate
 from autoshard.ir.trace import trace
 from autoshard.plan.schema import Plan
 from autoshard.plan.sharded import ShardedProgram
@@ -63,6 +65,7 @@ class Verdict:
         defect: A known defect of XLA, for which nothing here is to blame.
         dropped: Rules that were emptied because a dim did not divide.
         moves: Collectives of the plan.
+        pins: Pinned values whose sharding XLA was asked for.
     """
 
     case: Case
@@ -72,6 +75,7 @@ class Verdict:
     defect: str = ""
     dropped: tuple[str, ...] = ()
     moves: int = 0
+    pins: int = 0
 
 
 DEFECTS = {
@@ -195,7 +199,8 @@ def run_together(ready: Sequence[Ready]) -> list[Verdict]:
     plain = jax.jit(
         lambda given: [r.built.fn(*a) for r, a in zip(ready, given, strict=True)]
     )
-    compiled = sharded.lower(shapes).compile(compiler_options=FAST)
+    with _watched(ready) as seen:
+        compiled = sharded.lower(shapes).compile(compiler_options=FAST)
     reference = plain.lower(shapes).compile(compiler_options=FAST)
     got = compiled(args)
     want = reference(args)
@@ -208,9 +213,10 @@ def run_together(ready: Sequence[Ready]) -> list[Verdict]:
         )
         for r in ready
     ]
-    for verdict, r, a, b in zip(verdicts, ready, got, want, strict=True):
-        _compare(verdict, a, b)
-        _check_shapes(verdict, r, compiled, a)
+    for k, (verdict, r) in enumerate(zip(verdicts, ready, strict=True)):
+        _compare(verdict, got[k], want[k])
+        _check_shapes(verdict, r, compiled.input_shardings[0][0][k], got[k])
+        _check_pins(verdict, r, seen[k])
     if any(v.worst > 1 for v in verdicts):
         _excuse_noise(verdicts, ready, reference, args, want)
     return verdicts
@@ -283,13 +289,61 @@ def local_shape(
     return tuple(-(-n // p) for n, p in zip(shape, parts, strict=True))
 
 
-def _check_shapes(verdict: Verdict, ready: Ready, compiled: Any, got: Any) -> None:
-    """Local shapes of results as the plan says, device by device."""
+def _check_shapes(verdict: Verdict, ready: Ready, inputs: Any, got: Any) -> None:
+    """Local shapes of arguments and results as the plan says, device by device."""
     plan = ready.plan
+    for tensor, sharding in zip(plan.tensors, jax.tree.leaves(inputs), strict=True):
+        wanted = local_shape(tensor.shape, tensor.storage.dims, plan.sizes)
+        found = sharding.shard_shape(tensor.shape)
+        if found != wanted:
+            verdict.failures.append(
+                f"argument {tensor.path} lies as {found}, planned {wanted}"
+            )
     for k, (leaf, spec) in enumerate(
         zip(jax.tree.leaves(got), plan.outputs, strict=True)
     ):
         wanted = local_shape(leaf.shape, spec.dims, plan.sizes)
-        found = {shard.data.shape for shard in leaf.addressable_shards}
-        if found != {wanted}:
-            verdict.failures.append(f"result {k} lies as {found}, planned {wanted}")
+        shapes = {shard.data.shape for shard in leaf.addressable_shards}
+        if shapes != {wanted}:
+            verdict.failures.append(f"result {k} lies as {shapes}, planned {wanted}")
+
+
+Seen = dict[tuple[str, str], list[tuple[Any, int]]]
+"""By address and slot, the shardings XLA chose, and the rank of the value."""
+
+
+@contextlib.contextmanager
+def _watched(ready: Sequence[Ready]) -> Iterator[list[Seen]]:
+    """Asks XLA, while it compiles, how every pinned value lies."""
+    seen: list[Seen] = [defaultdict(list) for _ in ready]
+    number = {id(r.sharded.traced.jaxpr): k for k, r in enumerate(ready)}
+
+    def watched(jaxpr: Any, args: Any, place: Any, **options: Any) -> Any:
+        found = seen[number[id(jaxpr)]]
+        plan = ready[number[id(jaxpr)]].plan
+        pinned = {(c.address, c.slot) for c in plan.constraints}
+
+        def place_and_ask(address: str, slot: str, value: Any) -> Any:
+            value = place(address, slot, value)
+            if (address, slot) in pinned and isinstance(value, jax.Array):
+                here, rank = found[address, slot], value.ndim
+                jax.debug.inspect_array_sharding(
+                    value, callback=lambda sharding: here.append((sharding, rank))
+                )
+            return value
+
+        return evaluate(jaxpr, args, place_and_ask, **options)
+
+    with mock.patch("autoshard.lower.step.evaluate", watched):
+        yield seen
+
+
+def _check_pins(verdict: Verdict, ready: Ready, seen: Seen) -> None:
+    for pin in ready.plan.constraints:
+        planned = NamedSharding(ready.parallel.mesh, pin.spec.to_partition_spec())
+        for found, rank in seen.get((pin.address, pin.slot), ()):
+            verdict.pins += 1
+            if not found.is_equivalent_to(planned, rank):
+                verdict.failures.append(
+                    f"{pin.address} {pin.slot} lies as {found}, planned {pin.spec}"
+                )
