@@ -324,7 +324,8 @@ def _named(info: InputInfo, notes: list[Note] | None) -> InputInfo:
 
 # -- optimizer states and results ------------------------------------------------
 
-_SAME_SHAPE = frozenset({"convert_element_type", "copy", "mul", "add", "sub", "square"})
+_SAME_VALUE = frozenset({"convert_element_type", "copy"})
+_SAME_SHAPE = _SAME_VALUE | {"mul", "add", "sub", "square"}
 
 
 def _with_optimizer_states(
@@ -332,13 +333,17 @@ def _with_optimizer_states(
 ) -> tuple[InputInfo, ...]:
     """In a plain function, states touched only point by point are optimizer state.
 
-    A parameter takes part in a product, a lookup or a broadcast somewhere; a moment
-    of an optimizer never does.
+    A parameter takes part in a product, a lookup or a broadcast somewhere, be it in
+    another precision than it is stored in; a moment of an optimizer never does.
     """
     consumers: dict[int, set[str]] = {}
-    for op in program.ops:
+    # Against the order of execution, so that a cast has what its results meet.
+    for op in reversed(program.ops):
+        met = {op.primitive}
+        if op.primitive in _SAME_VALUE:
+            met |= consumers.get(op.outputs[0], set())
         for value in op.inputs:
-            consumers.setdefault(value, set()).add(op.primitive)
+            consumers.setdefault(value, set()).update(met)
     return tuple(
         InputInfo(i.path, i.shape, i.dtype, "optimizer", i.logical)
         if i.state == "params"

@@ -117,6 +117,7 @@ class Layout:
         optimizer: The same for optimizer state.
         sizes: Size per mesh axis, or empty while they are not known: then storage is
             placed as if everything divided.
+        axes: Mesh axes there are, or None for all of them.
     """
 
     rules: tuple[tuple[str, tuple[str, ...]], ...]
@@ -124,6 +125,11 @@ class Layout:
     gradients: tuple[str, ...] = ()
     optimizer: tuple[str, ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
+    axes: frozenset[str] | None = None
+
+    def has(self, spec: Dims) -> bool:
+        """Whether some axis of a spec exists in the mesh."""
+        return any(self.axes is None or a in self.axes for dim in spec for a in dim)
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Product of the axes' sizes, where known."""
@@ -147,6 +153,7 @@ class Layout:
             gradients=tuple(storage.gradients),
             optimizer=tuple(storage.optimizer),
             sizes=sizes or {},
+            axes=frozenset(strategy.mesh),
         )
 
 

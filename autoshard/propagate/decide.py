@@ -93,7 +93,11 @@ class Decisions:
         if not storage:
             return {}
         pairs = zip(self.program.inputs, self.traced.inputs, strict=True)
-        return {i.path: storage[v] for v, i in pairs if any(storage.get(v, ()))}
+        return {
+            i.path: storage[v]
+            for v, i in pairs
+            if v in storage and self.layout.has(storage[v])
+        }
 
     def decide(self, op: Op, rule: FactorRule) -> Outcome:
         """Works an op out; nothing is changed by it."""

@@ -205,10 +205,11 @@ class Wants:
     def stored_dims(self, value: int, base: Dims, axes: Axes, path: str) -> Dims:
         """Adds storage axes to the dim that shards best, never to a loop's own dim.
 
-        State that the user placed himself stays where he put it.
+        State that the user placed himself stays where he put it, unless he named only
+        axes that this mesh does not have.
         """
         given = self.classes.fixed.storage.get(value)
-        if given is not None and any(given):
+        if given is not None and self.layout.has(given):
             return given
         taken = {a for dim in base for a in dim}
         axes = tuple(

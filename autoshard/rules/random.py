@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from autoshard.rules.core import FactorKind, FactorRule, Factors, RuleContext
 from autoshard.rules.registry import Example, register
 
@@ -61,5 +63,5 @@ def _generator(ctx: RuleContext) -> FactorRule:
         [factors.dims(shape, "blocked") for shape in ctx.operands],
         [factors.dims(shape, "blocked") for shape in ctx.results],
         "move",
-        1.0,
+        flops=float(sum(prod(shape) for shape in ctx.results)),
     )

@@ -26,8 +26,7 @@ def _broadcast_in_dim(ctx: RuleContext) -> FactorRule:
         out[int(d)] if size == ctx.results[0][int(d)] else ()
         for size, d in zip(ctx.operands[0], where, strict=True)
     )
-    rest = [() for _ in ctx.operands[1:]]
-    return factors.rule([operand, *rest], [out], "data")
+    return factors.rule([operand], [out], "data")
 
 
 @register("empty", "empty2", "iota", example=Example((), ((8, 4),)))
@@ -187,7 +186,7 @@ def _concatenate(ctx: RuleContext) -> FactorRule:
         () if k == keeps else factors.new(n, "blocked") for k, n in enumerate(sizes)
     ]
     joined = factors.new(whole[axis], "blocked")
-    if keeps >= 0 and most > 1:
+    if keeps >= 0:
         parts[keeps] = joined
     return factors.rule([dims(part) for part in parts], [dims(joined)], "move")
 

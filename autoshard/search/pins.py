@@ -15,6 +15,9 @@ from autoshard.rules.foreign import call_on_parts
 
 _Pins = dict[tuple[str, str], Dims]
 
+_WHOLE_IN_XLA = frozenset({"approx_top_k", "top_k"})
+"""Primitives that the partitioner makes whole although their rule divides them."""
+
 
 def constraints(
     sharded: ShardedProgram, sizes: dict[str, int]
@@ -63,7 +66,8 @@ def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
         sharded.factor_axes,
         strict=True,
     ):
-        if rule.op_kind != "foreign" or not any(axes):
+        closed = rule.op_kind == "foreign" or op.primitive in _WHOLE_IN_XLA
+        if not closed or not any(axes):
             continue
         call_on_parts(op)  # an error here rather than when the plan is lowered
         for k, dims in enumerate(natural_dims(rule, axes)):
@@ -99,12 +103,16 @@ def _needs_whole(
     """Whether a result is pinned as it is made, before it is pinned as it is wanted.
 
     Shown only the final spec, the partitioner moves the table or the updates of a
-    lookup instead of the partial sums; and it divides an op along a dim that the rule
-    says each device needs whole, which for some ops it does wrongly.
+    lookup instead of the partial sums, and operands instead of a result whose axes
+    leave their dims; and it divides an op along a dim that the rule says each device
+    needs whole, which for some ops it does wrongly.
     """
-    if not reshard.slot.startswith("out"):
-        return False
     rule = sharded.classes.rules[reshard.op]
+    if not reshard.slot.startswith("out") or rule.op_kind in ("link", "data"):
+        return False
+    pairs = list(zip(reshard.source, reshard.target, strict=True))
+    if any(set(source) - set(target) for source, target in pairs):
+        return True
     if rule.op_kind in ("gather", "scatter") and reshard.unreduced:
         return True
     if rule.op_kind == "matmul" and _scatters(reshard):
@@ -113,11 +121,9 @@ def _needs_whole(
         busy = {axis for axes in sharded.factor_axes[reshard.op] for axis in axes}
         return any(n > 1 and axis not in busy for axis, n in sizes.items())
     dims = rule.results[int(reshard.slot[3:])]
-    return rule.op_kind not in ("link", "data") and any(
+    return any(
         set(target) - set(source) and (not dim or rule.kinds[dim[0]] == "blocked")
-        for source, target, dim in zip(
-            reshard.source, reshard.target, dims, strict=True
-        )
+        for (source, target), dim in zip(pairs, dims, strict=True)
     )
 
 

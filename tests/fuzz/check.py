@@ -77,6 +77,11 @@ class Verdict:
     moves: int = 0
     pins: int = 0
 
+    @property
+    def wrong(self) -> bool:
+        """Whether autoshard is to blame."""
+        return bool(self.failures) and not self.noisy and not self.defect
+
 
 DEFECTS = {
     "fft_thunk.cc": "the CPU's FFT refuses the layout that a collective asks of it",
@@ -195,6 +200,7 @@ def run_together(ready: Sequence[Ready]) -> list[Verdict]:
         ],
         in_shardings=([r.parallel.in_shardings for r in ready],),
         out_shardings=[r.parallel.out_shardings for r in ready],
+        keep_unused=True,  # else they are not reported
     )
     plain = jax.jit(
         lambda given: [r.built.fn(*a) for r, a in zip(ready, given, strict=True)]
@@ -268,7 +274,7 @@ def _excuse_noise(
     def shaken(x: Any) -> Any:
         if not isinstance(x, np.ndarray) or x.dtype != np.float32:
             return x
-        return x * (1 + rng.choice([-1, 0, 1], x.shape).astype(np.float32) * 2**-22)
+        return x * (1 + rng.choice([-1, 0, 1], x.shape).astype(np.float32) * 2**-20)
 
     moved = [0.0] * len(ready)
     for _ in range(3):

@@ -38,6 +38,7 @@ class Node:
         count: Number of results.
         scale: A power of two that every float result is multiplied with, which keeps
             numbers near one without rounding.
+        family: The family of rules it is there for.
     """
 
     op: str
@@ -45,6 +46,7 @@ class Node:
     params: dict[str, Any] = field(default_factory=dict)
     count: int = 1
     scale: float = 1.0
+    family: str = ""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class Kit:
         mesh: Size per mesh axis.
         rules: Mesh axes per logical axis.
         families: The families that ops are drawn from.
+        family: That of the op which is being drawn.
         values: All values so far, inputs included.
         inputs: The inputs.
         nodes: The ops.
@@ -91,6 +92,7 @@ class Kit:
     mesh: dict[str, int] = field(default_factory=dict)
     rules: dict[str, list[str]] = field(default_factory=dict)
     families: Sequence[str] = ()
+    family: str = ""
     values: list[Value] = field(default_factory=list)
     inputs: list[Array] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -243,7 +245,14 @@ class Kit:
             raise Skip
         start = sum(node.count for node in self.nodes)
         self.nodes.append(
-            Node(op, tuple(a.id for a in args), params, len(results), scale)
+            Node(
+                op,
+                tuple(a.id for a in args),
+                params,
+                len(results),
+                scale,
+                self.family,
+            )
         )
         self.budget[0] -= 1
         self.used.update(a.id for a in args)
@@ -283,7 +292,8 @@ class Kit:
                 if self.budget[0] <= 0:
                     return
                 undo = self._marks()
-                _, draw = self.pick(DRAWS[self.pick(self.families)])
+                self.family = self.pick(self.families)
+                draw = self.pick(DRAWS[self.family])
                 try:
                     draw(self)
                     break
@@ -314,8 +324,8 @@ class Kit:
 
 
 Draw = Callable[[Kit], None]
-DRAWS: dict[str, list[tuple[str, Draw]]] = {}
-"""Per family, the names of its ops and how each is drawn."""
+DRAWS: dict[str, list[Draw]] = {}
+"""How the ops of each family are drawn."""
 
 RUNS: dict[str, Callable[..., Any]] = {}
 """What each op does: `(*operands, **params) -> result` or a tuple of results."""
@@ -325,7 +335,7 @@ def draws(family: str) -> Callable[[Draw], Draw]:
     """Registers how an op is drawn."""
 
     def add(fn: Draw) -> Draw:
-        DRAWS.setdefault(family, []).append((fn.__name__.strip("_"), fn))
+        DRAWS.setdefault(family, []).append(fn)
         return fn
 
     return add
@@ -334,6 +344,8 @@ def draws(family: str) -> Callable[[Draw], Draw]:
 def runs(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Registers what the op of this name does."""
     name = fn.__name__.strip("_").removesuffix("_run")
-    assert name not in RUNS, name
+    # Collecting doctests imports each module a second time, under another name.
+    known = RUNS.get(name)
+    assert known is None or known.__code__.co_filename == fn.__code__.co_filename, name
     RUNS[name] = fn
     return fn

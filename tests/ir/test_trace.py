@@ -172,3 +172,31 @@ def test_a_program_without_annotations_says_so():
     report = trace(mlp(), [shape(6, 4)]).annotations
     assert (report.counts, report.lost, report.unused, report.hints) == ((), (), (), ())
     assert str(report) == "no annotations"
+
+
+@pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16])
+def test_a_weight_that_is_cast_before_its_product_is_a_parameter(compute):
+    optimizer = optax.adam(1e-3, mu_dtype=jnp.bfloat16)
+
+    def step(params, opt_state, x):
+        def loss(params):
+            hidden = x.astype(compute) @ params["w"].astype(compute)
+            return ((hidden + params["b"].astype(compute)) ** 2).mean()
+
+        grads = jax.grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = {"w": shape(4, 8), "b": shape(8)}
+    args = (params, jax.eval_shape(optimizer.init, params), shape(16, 4))
+    states = {i.path: i.state for i in trace(step, args).inputs}
+    assert states == {
+        "0/b": "params",
+        "0/w": "params",
+        "1/0/count": "other",
+        "1/0/mu/b": "optimizer",
+        "1/0/mu/w": "optimizer",
+        "1/0/nu/b": "optimizer",
+        "1/0/nu/w": "optimizer",
+        "batch": "data",
+    }

@@ -191,3 +191,17 @@ def test_the_fixpoint_does_not_depend_on_the_order_of_ops_and_repeats_itself(
     # What was found, taken as given, stays.
     again = dict(enumerate(found[0][0])) | {"out": found[0][1][0]}
     assert ends(seeded(fn, args, again)) == found[0]
+
+
+def test_state_placed_on_axes_the_mesh_lacks_takes_the_strategys_storage():
+    traced = trace(product, ARGS)
+    seed = Seed(traced.program.inputs[0], (FSDP, TENSOR), "test", "the user")
+    traced = replace(traced, seeds=(seed,))
+    classes = find_classes(traced)
+    found = {}
+    for axes in (None, frozenset({"data"}), frozenset({"data", "fsdp"})):
+        layout = Layout(rules=(("batch", DATA),), params=DATA, axes=axes)
+        sharded = propagate(traced, classes, layout)
+        found[axes] = sharded.specs[traced.program.inputs[0]]
+    assert found[None] == found[frozenset({"data", "fsdp"})] == (FSDP, TENSOR)
+    assert DATA in found[frozenset({"data"})] or "data" in found[frozenset({"data"})][1]

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autoshard.ir import _jaxcompat
 from autoshard.ir.program import Op, Program, build
+from autoshard.rules.runs import runner
 
 F32, I32, U32, BOOL, C64 = "float32", "int32", "uint32", "bool", "complex64"
 BF16, F8, E8 = "bfloat16", "float8_e4m3fn", "float8_e8m0fnu"
@@ -76,3 +78,32 @@ def program_of(case: Case) -> tuple[Program, Op]:
     found = [op for op in program.ops if op.primitive == case.primitive]
     assert found, f"{case.primitive}: only {[op.primitive for op in program.ops]}"
     return program, found[0]
+
+
+@functools.cache
+def operands_of(case: Case) -> list[Any] | None:
+    """What the op is called with in the case; None if it does not run by itself."""
+    program, op = program_of(case)
+    run = runner(program, op)
+    if run.whole_only or run.unchecked or program.regions[op.region].manual:
+        return None
+    args = values(case)
+    return _operands(jax.make_jaxpr(case.fn)(*args), args, case.primitive)
+
+
+def _operands(jaxpr: Any, args: list[Any], name: str) -> list[Any] | None:
+    """Operands of the first equation of a primitive."""
+    opened, consts = _jaxcompat.open_jaxpr(jaxpr)
+    env = dict(zip((*opened.invars, *opened.constvars), (*args, *consts), strict=True))
+    for eqn in opened.eqns:
+        operands = [a.val if _jaxcompat.is_literal(a) else env[a] for a in eqn.invars]
+        if eqn.primitive.name == name:
+            return [x if hasattr(x, "dtype") else jnp.asarray(x) for x in operands]
+        inner = _jaxcompat.CALL_JAXPR_PARAM.get(eqn.primitive.name)
+        if inner:
+            found = _operands(eqn.params[inner], operands, name)
+            if found:
+                return found
+        results = _jaxcompat.eval_equation(eqn, operands)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return None

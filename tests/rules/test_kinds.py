@@ -5,10 +5,13 @@ from __future__ import annotations
 from math import prod
 
 import pytest
+from rules import work
+from rules.case import program_of
+from rules.cases import CASES
 
-from autoshard.rules import covered
+from autoshard.rules import covered, rule_of
 from autoshard.rules.core import RuleContext
-from autoshard.rules.registry import entries, example_rule
+from autoshard.rules.registry import entries, example_rule, shapes_of
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,26 @@ def test_flops_of_factorizations(primitive, flops):
     assert rule.flops_per_point * prod(rule.sizes) == pytest.approx(batch * flops)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.primitive}: {c.text}")
+def test_flops_of_every_case(case):
+    program, op = program_of(case)
+    rule = rule_of(program, op)
+    counted = work.flops(case.primitive, *shapes_of(program, op), op.params)
+    assert rule.flops_per_point * prod(rule.sizes) == pytest.approx(counted)
+
+
+@pytest.mark.parametrize("primitive", covered())
+def test_flops_of_every_example(primitive):
+    rule, example = example_rule(primitive), entries()[primitive].example
+    counted = work.flops(primitive, example.operands, example.results, example.params)
+    assert rule.flops_per_point * prod(rule.sizes) == pytest.approx(counted)
+
+
+def test_what_is_counted_has_a_rule():
+    assert {*work.COUNTS, *work.PER_NUMBER} <= set(covered())
+    assert not set(work.COUNTS) & work.PER_NUMBER
+
+
 # -- kinds of ops --------------------------------------------------------------------
 
 _OP_KINDS = {
@@ -159,10 +182,19 @@ _OP_KINDS = {
 }  # fmt: skip
 
 
+_KIND_OF = {name: kind for kind, names in _OP_KINDS.items() for name in names}
+
+
 def test_what_kind_of_op_each_is():
     """All others work point by point."""
-    told = {name: kind for kind, names in _OP_KINDS.items() for name in names}
-    assert set(told) <= set(covered())
+    assert set(_KIND_OF) <= set(covered())
     assert {name: example_rule(name).op_kind for name in covered()} == {
-        name: told.get(name, "elementwise") for name in covered()
+        name: _KIND_OF.get(name, "elementwise") for name in covered()
     }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.primitive}: {c.text}")
+def test_what_kind_of_op_each_case_is(case):
+    """Parameters and shapes change nothing about it."""
+    rule = rule_of(*program_of(case))
+    assert rule.op_kind == _KIND_OF.get(case.primitive, "elementwise")

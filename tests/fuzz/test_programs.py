@@ -1,0 +1,79 @@
+"""Random programs over rules of every family: 300 here, 20,000 in `benchmarks`."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from fuzz.check import check
+from fuzz.describe import Case, from_json, nodes_of, to_json
+from fuzz.generate import FAMILIES, cases
+from fuzz.shrink import shrink
+from hypothesis import HealthCheck, Phase, given, settings
+
+PARTS, EACH = 6, 50
+
+
+def drawn(part: int) -> list[Case]:
+    """The cases of a part: the same in every run, others in every part."""
+    found: list[Case] = []
+
+    @settings(
+        max_examples=EACH,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(stream=part))
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    return found
+
+
+def fails(case: Case) -> bool:
+    """Whether a case fails on its own."""
+    [verdict] = check([case])
+    return verdict.wrong
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_sharded_equals_unsharded_and_propagation_keeps_its_laws(part):
+    verdicts = check(drawn(part))
+    for verdict in verdicts:
+        if verdict.wrong:
+            small = shrink(verdict.case, fails, tries=150)
+            [again] = check([small])
+            pytest.fail(
+                "\n".join([*verdict.failures, "smaller:", *again.failures])
+                + f"\n{to_json(small)}",
+                pytrace=False,
+            )
+    judged = [v for v in verdicts if not v.defect]
+    assert len(judged) >= 0.95 * EACH
+    # The programs are worth the time: most are spread, and say what lies where.
+    assert sum(v.moves > 0 for v in judged) > 0.4 * len(judged)
+    assert sum(v.pins for v in judged) > len(judged)
+    assert sum(v.noisy for v in judged) <= 0.02 * EACH
+
+
+def test_programs_are_of_every_family_and_size():
+    found = [case for part in range(PARTS) for case in drawn(part)]
+    assert len(set(map(to_json, found))) == PARTS * EACH
+    nodes = [nodes_of(case.body) for case in found]
+    families = Counter(node.family for each in nodes for node in each)
+    assert set(families) == set(FAMILIES)
+    assert min(families.values()) >= 10, families
+    lengths = [len(each) for each in nodes]
+    assert min(lengths) >= 5
+    assert max(lengths) > 30
+    assert {len(case.mesh) for case in found} == {1, 2, 3}
+    assert all(case.chips <= 8 for case in found)
+
+
+def test_a_case_is_plain_json():
+    for case in drawn(0)[:10]:
+        assert from_json(to_json(case)) == case
