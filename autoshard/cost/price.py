@@ -208,7 +208,9 @@ class Pricer:
             repeats = work.runs[op.index] * (1.0 if work.update[op.index] else cuts)
             moved = self._op_bytes(op, rule, axes, meshes, cuts)
             traffic = moved / rate
-            if rule.op_kind == "matmul":
+            if rule.op_kind == "matmul" or (
+                rule.op_kind == "foreign" and rule.flops_per_point
+            ):
                 split = meshes.product(axes_of(axes))
                 flops = work.flops[op.index] / split
                 if work.batched_op[op.index]:
@@ -374,14 +376,29 @@ def _key(sharded: ShardedProgram, reshard: Reshard) -> tuple[Any, ...]:
     region = op.region if op else 0
     # Rematerialisation keeps what the backward pass gathers apart from the forward's.
     again = op is not None and is_rematted(op)
-    return (
-        reshard.value,
-        reshard.source,
-        reshard.unreduced,
-        reshard.target,
-        region,
-        again,
-    )
+    return (*_origin(sharded, reshard), reshard.unreduced, region, again)
+
+
+def _origin(sharded: ShardedProgram, reshard: Reshard) -> tuple[int, Dims, Dims]:
+    """What is moved, from and to where, seen through transposes and reversals.
+
+    A transposed weight is the weight: it is gathered once for both.
+    """
+    program = sharded.traced.program
+    value, source, target = reshard.value, reshard.source, reshard.target
+    while not reshard.unreduced:
+        producer = program.values[value].producer
+        op = program.ops[producer] if producer >= 0 else None
+        if op is None or op.primitive not in ("rev", "transpose"):
+            break
+        order = op.params.get("permutation", range(len(source)))
+        back = sorted(range(len(source)), key=lambda d: order[d])
+        was = tuple(source[d] for d in back)
+        if sharded.specs[op.inputs[0]] != was:
+            break
+        value, source = op.inputs[0], was
+        target = tuple(target[d] for d in back)
+    return value, source, target
 
 
 def unique_moves(sharded: ShardedProgram) -> Sequence[Reshard]:

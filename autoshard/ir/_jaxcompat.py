@@ -188,7 +188,23 @@ def _is_plain(target: Any) -> bool:
 
 def at_source_line(eqn: Any) -> AbstractContextManager[None]:
     """A context in which everything that is traced has the equation's source line."""
-    return source_info_util.user_context(eqn.source_info.traceback)
+    return source_info_util.user_context(_traceback(eqn))
+
+
+def _traceback(eqn: Any) -> Any:
+    """Where an equation came from; within a library function, where that was called.
+
+    What JAX traces on its own, as the body of `jnp.cumsum`, has no line of the user's.
+    """
+    own = eqn.source_info.traceback
+    if own is not None and _line_of(own, tuple(sys.path)):
+        return own
+    return source_info_util.current().traceback if _within() else own
+
+
+def _within() -> bool:
+    """Whether the line of an equation is set, as `at_source_line` does."""
+    return source_info_util._source_info_context.context.traceback is not None
 
 
 def eval_equation(
@@ -214,7 +230,7 @@ def eval_equation(
     given = eqn.primitive.get_bind_params(given)
     mesh = jax.sharding.get_abstract_mesh()
     with (
-        source_info_util.user_context(eqn.source_info.traceback, name_stack=scope),
+        source_info_util.user_context(_traceback(eqn), name_stack=scope),
         eqn.ctx.manager,
         # From one mesh to another of a different size there is only a way through none.
         jax.sharding.use_abstract_mesh(NO_MESH),

@@ -28,6 +28,7 @@ class Builder:
         self.values: list[Value] = []
         self.ops: list[Op] = []
         self.regions: list[Region] = [Region(-1, 1)]
+        self.callers: Any = None
         self.addresses = Addresser()
         self.scalars = static.Scalars(self.values, self.ops)
         self._scopes: dict[tuple[str, str], str] = {}
@@ -68,6 +69,7 @@ class Builder:
             self.scalars.learn(env[var], const)
         # This loop is most of the time that reading a program takes.
         values, ops, addresses = self.values, self.ops, self.addresses
+        callers = self.callers
         literal = _jaxcompat.LITERAL
         for eqn in opened.eqns:
             operands = [-1 if type(a) is literal else env[a] for a in eqn.invars]
@@ -75,7 +77,9 @@ class Builder:
             own = addresses.scope(eqn)
             within = self._join(scope, own) if scope else own
             if eqn.primitive.name in _NOT_PLAIN:
+                self.callers = (eqn, callers)
                 results = self._structure(eqn, operands, region, path, within)
+                self.callers = callers
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             index = len(ops)
@@ -100,6 +104,8 @@ class Builder:
                     addresses.next(path, eqn, own),
                     within,
                     eqn,
+                    None,
+                    callers,
                 )
             )
         return [-1 if type(a) is literal else env[a] for a in opened.outvars]
@@ -183,6 +189,7 @@ class Builder:
                 scope,
                 eqn,
                 (old.shape,),
+                self.callers,
             )
         )
         return result
@@ -232,6 +239,7 @@ class Builder:
                 "",
                 eqn,
                 (self.values[source].shape,),
+                self.callers,
             )
         )
         old = self.values[target]

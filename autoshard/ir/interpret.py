@@ -115,10 +115,10 @@ class _Run:
 
     def equation(self, eqn: Any, values: list[Any], path: str) -> list[Any]:
         called = _jaxcompat.callee(eqn)
-        if called is not None:
-            return self.call(eqn, called, values, path)
-        address = self.addresses.next(path, eqn)
         with _jaxcompat.at_source_line(eqn):  # what is placed gets the line as well
+            if called is not None:
+                return self.call(eqn, called, values, path)
+            address = self.addresses.next(path, eqn)
             structure = _STRUCTURES.get(eqn.primitive.name, _Run.plain)
             return structure(self, eqn, values, address)
 

@@ -342,8 +342,14 @@ def _with_optimizer_states(
         met = {op.primitive}
         if op.primitive in _SAME_VALUE:
             met |= consumers.get(op.outputs[0], set())
+        shape = program.values[op.outputs[0]].shape if op.outputs else ()
         for value in op.inputs:
-            consumers.setdefault(value, set()).update(met)
+            if value < 0:
+                continue
+            found = consumers.setdefault(value, set())
+            found.update(met)
+            if program.values[value].shape != shape:
+                found.add("broadcast")  # `add` and its like repeat dims of size one
     return tuple(
         InputInfo(i.path, i.shape, i.dtype, "optimizer", i.logical)
         if i.state == "params"

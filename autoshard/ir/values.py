@@ -56,6 +56,8 @@ class Op:
         scope: The name stack, that of enclosing calls and loops included.
         equation: The equation it was read from.
         shapes: Shape per operand where the equation has other operands.
+        callers: The equations of the calls and loops it stands in, the innermost
+            first, as nested pairs; None at the top.
     """
 
     index: int
@@ -68,11 +70,22 @@ class Op:
     scope: str
     equation: Any = field(default=None, repr=False, compare=False)
     shapes: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
+    callers: Any = field(default=None, repr=False, compare=False)
 
     @property
     def source(self) -> str:
-        """The user's `file:line (function)`, or an empty string."""
-        return "" if self.equation is None else _jaxcompat.source_line(self.equation)
+        """The user's `file:line (function)`, or an empty string.
+
+        What a library function is made of has no line of the user's: it is that of
+        the call, where the function is jitted and traced on its own.
+        """
+        equation, callers = self.equation, self.callers
+        while equation is not None:
+            line = _jaxcompat.source_line(equation)
+            if line or callers is None:
+                return line
+            equation, callers = callers
+        return ""
 
     @property
     def operand_shapes(self) -> tuple[tuple[int, ...], ...]:

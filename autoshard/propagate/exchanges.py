@@ -31,11 +31,16 @@ _KINDS = {
 def between_neighbours(op: Op, rule: FactorRule, axes: Dims) -> list[Exchange]:
     """What a window over a sharded dim reads from the devices beside it."""
     found = []
+    # The gradient of a kernel sums over the places of two arrays, of which the first
+    # has the margins.
+    summed = {f for f, kind in enumerate(rule.kinds) if kind == "reduce"}
+    met: set[int] = set()
     for k, (value, dims) in enumerate(zip(op.inputs, rule.operands, strict=True)):
         held = frozenset(a for dim in dims if dim for a in axes[dim[0]])
         for d, dim in enumerate(dims):
-            if not dim or value < 0:
+            if not dim or value < 0 or (dim[0] in summed and dim[0] in met):
                 continue
+            met.add(dim[0])
             for rows in rule.halos[dim[0]]:
                 if rows and axes[dim[0]]:
                     size = _operand_size(op, k, d)

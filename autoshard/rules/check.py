@@ -28,8 +28,8 @@ from autoshard.rules.runs import runner, sample_operands
 MOST_BYTES = 1 << 28
 """Operands larger than this are not made up to try a rule on."""
 
-UNTIED = {"ragged_dot_general": "sizes of groups are counted from the first row on"}
-"""Primitives that read a dim which no factor counts, and why."""
+UNTIED = {("ragged_dot_general", 2): "groups are counted from the first row on"}
+"""Operands of a primitive with a dim that no factor counts, and why."""
 
 Order = Callable[[np.ndarray[Any, Any]], Any]
 """`places from 1 on -> numbers` along a dim."""
@@ -179,7 +179,7 @@ def loose_factors(
     others = list(_wholes(program, op, rule, run.run, None))[:1]
     made = {f for dims in rule.results for dim in dims for f in dim}
     for f, kind in enumerate(rule.kinds):
-        if _untried(op, rule, f, run.made_alone) or _is_minor(rule, f):
+        if _untried(op, rule, f, run.made_alone):
             continue
         for freer, name in _freer(rule, f, "pass" if f in made else "reduce"):
             if loose.get(f) or (kind == "blocked" and rule.sizes[f] < 2):
@@ -205,11 +205,6 @@ def _freer(rule: FactorRule, f: int, free: Any) -> Iterator[tuple[FactorRule, st
             yield replace(rule, halos=halos), f"{rule.kinds[f]} {halo}"
 
 
-def _is_minor(rule: FactorRule, f: int) -> bool:
-    """Whether it stands behind another in a dim, of which only the first is cut."""
-    return any(f in dim[1:] for dims in (*rule.operands, *rule.results) for dim in dims)
-
-
 def misfit(program: Program, op: Op, rule: FactorRule) -> Fault | None:
     """What in a rule cannot be for the shapes of its op, whatever the op computes."""
     operands, results = shapes_of(program, op)
@@ -233,7 +228,8 @@ def misfit(program: Program, op: Op, rule: FactorRule) -> Fault | None:
             if rule.kinds[f] == "reduce" and k >= ahead:
                 return Fault(f, f"factor {letter(f)} is reduced, yet {what} has it")
         for d, (dim, size) in enumerate(zip(dims, shape, strict=True)):
-            wrong = _wrong_dim(op, rule, dim, size, largest)
+            untied = (op.primitive, k) in UNTIED
+            wrong = None if untied else _wrong_dim(rule, dim, size, largest)
             if wrong is not None:
                 return replace(wrong, what=f"dim {d} of {what}, {shape}, {wrong.what}")
     for f, size in enumerate(rule.sizes):
@@ -245,12 +241,11 @@ def misfit(program: Program, op: Op, rule: FactorRule) -> Fault | None:
 
 
 def _wrong_dim(
-    op: Op, rule: FactorRule, dim: Dim, size: int, largest: dict[int, int]
+    rule: FactorRule, dim: Dim, size: int, largest: dict[int, int]
 ) -> Fault | None:
     if not dim:
-        if size == 1 or op.primitive in UNTIED:
-            return None
-        return Fault(None, "has no factor, so nothing says how it is sharded")
+        wrong = "has no factor, so nothing says how it is sharded"
+        return Fault(None, wrong) if size != 1 else None
     [f, *others] = dim
     if others:
         held = math.prod(rule.sizes[f] for f in dim)

@@ -174,19 +174,25 @@ def _real(rng: np.random.Generator, shape: Any, dtype: Any) -> Any:
     return np.asarray(numbers).astype(dtype)
 
 
+def _windows(op: Op) -> tuple[tuple[int, ...], Shape]:
+    """The dims that a gather or scatter indexes, and the size of what it moves."""
+    numbers = op.params["dimension_numbers"]
+    if op.primitive == "gather":
+        return numbers.start_index_map, op.params["slice_sizes"]
+    table, _, updates = op.operand_shapes
+    rows = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    moved = iter(numbers.update_window_dims)
+    sizes = tuple(1 if d in rows else updates[next(moved)] for d in range(len(table)))
+    return numbers.scatter_dims_to_operand_dims, sizes
+
+
 def _limits(op: Op, operands: int) -> list[Any]:
     """What integers of each operand stay below; per last dim for pairs of indices."""
     limits: list[Any] = [4] * operands
     shapes = op.operand_shapes
     name = op.primitive
     if name == "gather" or name.startswith("scatter"):
-        numbers = op.params["dimension_numbers"]
-        at = (
-            numbers.start_index_map
-            if name == "gather"
-            else numbers.scatter_dims_to_operand_dims
-        )
-        sizes = op.params.get("slice_sizes") or (1,) * len(shapes[0])
+        at, sizes = _windows(op)
         limits[1] = [shapes[0][d] - sizes[d] + 1 for d in at]
     elif name == "select_n":
         limits[0] = operands - 1

@@ -149,7 +149,9 @@ def _conv(ctx: RuleContext) -> FactorRule:
     b: list[Dim] = [() for _ in rhs]
     c: list[Dim] = [() for _ in out]
     batch = factors.new(out[at_out[0]])
-    group = factors.new(groups * batch_groups)
+    # XLA's partitioner computes a convolution cut by groups wrongly (seen with JAX
+    # 0.10.2: input and result cut along their features).
+    group = factors.new(groups * batch_groups, "pass" if groups == 1 else "blocked")
     wide = factors.new(out[at_out[1]] // (groups * batch_groups))
     # Within a group of features only the major part of a dim can be cut.
     summed = factors.new(rhs[at_rhs[1]], "reduce" if groups == 1 else "blocked")

@@ -6,6 +6,8 @@ the specs of its neighbours.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import Spec
 from autoshard.plan.schema import Constraint
@@ -48,6 +50,7 @@ def constraints(
         value = side[int(slot.removeprefix("in").removeprefix("out"))]
         pinned.setdefault((ops[index].address, slot), sharded.specs[value])
     _guard(sharded, pinned)
+    _hold(sharded, pinned)
 
     def active(dims: Dims) -> Spec:
         return Spec(tuple(tuple(a for a in d if sizes.get(a, 1) > 1) for d in dims))
@@ -125,6 +128,32 @@ def _needs_whole(
         set(target) - set(source) and (not dim or rule.kinds[dim[0]] == "blocked")
         for (source, target), dim in zip(pairs, dims, strict=True)
     )
+
+
+def _hold(sharded: ShardedProgram, pinned: _Pins) -> None:
+    """Pins values that are moved for some ops to what they are before.
+
+    The propagation of shardings takes the one constraint there is on a value for the
+    value's own spec: what is gathered for one op would be gathered where it is made,
+    and every other op would work on the gathered value.
+    """
+    program = sharded.traced.program
+    moves: dict[int, list[Reshard]] = {}
+    for reshard in sharded.reshards:
+        if reshard.op != OUTPUT and reshard.slot.startswith("in"):
+            moves.setdefault(reshard.value, []).append(reshard)
+    uses = Counter(v for op in program.ops for v in op.inputs if v in moves)
+    for value, moved in moves.items():
+        producer = program.values[value].producer
+        alike = len({reshard.target for reshard in moved}) == 1
+        if producer < 0 or not alike or 1 < uses[value] == len(moved):
+            continue
+        op = program.ops[producer]
+        if (op.address, f"out{op.outputs.index(value)}") in pinned:
+            continue
+        for reshard in moved:
+            at = program.ops[reshard.op].address, reshard.slot.replace("in", "had")
+            pinned[at] = reshard.source
 
 
 def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:

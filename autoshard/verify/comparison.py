@@ -21,7 +21,7 @@ The partitioner sums each sharded dim of a reduction on its own; GPU and TPU pip
 fold the steps into one, and turn an all-reduce with a slice into a reduce-scatter.
 """
 
-AT_ONCE = "partial sums of a lookup are summed over all their axes at once"
+AT_ONCE = "partial sums of a lookup or a reduction are summed over all axes at once"
 KEPT_WHOLE = "summed everywhere where each device needs a slice"
 CUT = "rows change devices where a sharded dim is cut or extended"
 MERGED = "moved once and kept where the plan moves it again"

@@ -23,7 +23,7 @@ Item = TypeVar("Item", Collective, Emitted)
 
 _PIN = re.compile(r"pinned\[(.+)\](?:had|in|out|sum)\d+")
 _SUMS = ("all_reduce", "reduce_scatter")
-_LOOKUP = re.compile(r"(gather|scatter[\w\-]*)$")
+_AT_ONCE = re.compile(r"(gather|scatter[\w\-]*|reduce_\w+)$")
 _CUTS = {
     *("concatenate", "dynamic_slice", "dynamic_update_slice", "pad", "rev", "roll"),
     *("select_and_scatter_add", "slice", "split"),
@@ -183,7 +183,7 @@ class _Matching:
         """One sum over all axes where the plan scatters over some, then sums."""
         groups: dict[str, list[_Planned]] = {}
         for p in self.planned:
-            if p.kind in _SUMS and _LOOKUP.match(p.primitive):
+            if p.kind in _SUMS and _AT_ONCE.match(p.primitive):
                 groups.setdefault(p.item.address, []).append(p)
         chains = list(self.chains())
         for parts in groups.values():

@@ -7,31 +7,10 @@ from collections import Counter
 import pytest
 from fuzz.check import check
 from fuzz.describe import Case, from_json, nodes_of, to_json
-from fuzz.generate import FAMILIES, cases
+from fuzz.generate import FAMILIES, drawn
 from fuzz.shrink import shrink
-from hypothesis import HealthCheck, Phase, given, settings
 
 PARTS, EACH = 6, 50
-
-
-def drawn(part: int) -> list[Case]:
-    """The cases of a part: the same in every run, others in every part."""
-    found: list[Case] = []
-
-    @settings(
-        max_examples=EACH,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases(stream=part))
-    def collect(case: Case) -> None:
-        found.append(case)
-
-    collect()
-    return found
 
 
 def fails(case: Case) -> bool:
@@ -42,7 +21,7 @@ def fails(case: Case) -> bool:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_sharded_equals_unsharded_and_propagation_keeps_its_laws(part):
-    verdicts = check(drawn(part))
+    verdicts = check(drawn(part, EACH))
     for verdict in verdicts:
         if verdict.wrong:
             small = shrink(verdict.case, fails, tries=150)
@@ -61,7 +40,7 @@ def test_sharded_equals_unsharded_and_propagation_keeps_its_laws(part):
 
 
 def test_programs_are_of_every_family_and_size():
-    found = [case for part in range(PARTS) for case in drawn(part)]
+    found = [case for part in range(PARTS) for case in drawn(part, EACH)]
     assert len(set(map(to_json, found))) == PARTS * EACH
     nodes = [nodes_of(case.body) for case in found]
     families = Counter(node.family for each in nodes for node in each)
@@ -75,5 +54,5 @@ def test_programs_are_of_every_family_and_size():
 
 
 def test_a_case_is_plain_json():
-    for case in drawn(0)[:10]:
+    for case in drawn(0, 10):
         assert from_json(to_json(case)) == case

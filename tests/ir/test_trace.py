@@ -200,3 +200,16 @@ def test_a_weight_that_is_cast_before_its_product_is_a_parameter(compute):
         "1/0/nu/w": "optimizer",
         "batch": "data",
     }
+
+
+def test_a_weight_that_is_only_added_to_every_row_is_a_parameter():
+    def step(params, moment, x):
+        def loss(params):
+            return (jax.lax.square(x + params["at"])).mean()
+
+        moment = jax.tree.map(lambda m, g: 0.9 * m + g, moment, jax.grad(loss)(params))
+        return jax.tree.map(lambda p, m: p - 0.1 * m, params, moment), moment
+
+    at = {"at": shape(1, 4, 8)}
+    states = {i.path: i.state for i in trace(step, (at, at, shape(16, 4, 8))).inputs}
+    assert states == {"0/at": "params", "1/at": "optimizer", "batch": "data"}

@@ -115,13 +115,13 @@ CONVOLUTION = [
     # Three groups of features: 2 in and 4 out each.
     _case(_conv(groups=3), (2, 6, 16), (12, 2, 3),
           "i (jl) m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=2 m=16 n=3} "
-          "blocked l n shift m(1,1)"),
+          "blocked j l n shift m(1,1)"),
     _case(_conv(groups=2), (3, 4, 16), (10, 2, 3),
           "i (jl) m, (jk) l n -> i (jk) m {i=3 j=2 k=5 l=2 m=16 n=3} "
-          "blocked l n shift m(1,1)"),
+          "blocked j l n shift m(1,1)"),
     # Depthwise: a group for each feature.
     _case(_conv(groups=4), (2, 4, 16), (4, 1, 3),
-          "i j k, j 1 l -> i j k {i=2 j=4 k=16 l=3} blocked l shift k(1,1)"),
+          "i j k, j 1 l -> i j k {i=2 j=4 k=16 l=3} blocked j l shift k(1,1)"),
     # Three groups of the batch, each with its own features of the result: whole.
     _case(_conv(batch_groups=3), (6, 5, 16), (12, 5, 3),
           "(ji) l m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=5 m=16 n=3} "

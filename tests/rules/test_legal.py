@@ -19,7 +19,18 @@ from autoshard.rules.core import letter
 from autoshard.rules.runs import MADE_ALONE, UNCHECKED
 
 GROUPS = "XLA computes several layouts of these wrongly"
+MINOR = "it stands behind another factor, by which the sum is cut"
 CAREFUL = {
+    "i (kl), (kl) j, i 1, k j -> i j {i=8 j=4 k=4 l=16} reduce k blocked l": (
+        "l",
+        MINOR,
+    ),
+    "i j (lm), i k (lm), i j l, i k l -> i j k {i=2 j=8 k=4 l=2 m=32} "
+    "reduce l blocked m": ("m", MINOR),
+    "i (jl) m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=2 m=16 n=3} "
+    "blocked l n shift m(1,1)": ("l", MINOR),
+    "i (jl) m, (jk) l n -> i (jk) m {i=3 j=2 k=5 l=2 m=16 n=3} "
+    "blocked l n shift m(1,1)": ("l", MINOR),
     # The gradient of a grouped convolution.
     "(ji) l m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=5 m=16 n=3} blocked i j k l m n": (
         "jl",

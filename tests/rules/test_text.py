@@ -70,35 +70,36 @@ def test_every_exception_of_the_table_has_no_case():
     assert not {case.primitive for case in ALL} & set(NOT_PRODUCED)
 
 
-@pytest.mark.parametrize(
-    ("primitive", "text"),
-    [
-        ("check", "i j ->  {i=8 j=4} blocked i j"),
-        ("empty2", " -> i j {i=8 j=4}"),
-        ("from_edtype", "i j -> i j {i=8 j=4}"),
-        (
-            "geqp3",
-            "i j k, i l -> i m n, i o, i p {i=8 j=6 k=4 l=4 m=6 n=4 o=4 p=4} "
-            "blocked j k l m n o p",
-        ),
-        (
-            "geqrf",
-            "i j k -> i l m, i n {i=8 j=6 k=4 l=6 m=4 n=4} blocked j k l m n",
-        ),
-        ("relayout", "i j -> i j {i=8 j=4}"),
-        (
-            "scaled_matmul",
-            "i j (lm), i k (lm), i j l, i k l -> i j k "
-            "{i=2 j=8 k=4 l=2 m=32} reduce l blocked m",
-        ),
-        ("stage", "i j -> i j {i=8 j=4}"),
-        ("tie", "i, j k -> j k {i=2 j=8 k=4}"),
-        ("to_edtype", "i j -> i j {i=8 j=4}"),
-        ("unreduced_pmax", "i j -> i j {i=8 j=4} blocked i j"),
-        ("unreduced_pmin", "i j -> i j {i=8 j=4} blocked i j"),
-        ("with_memory_space_constraint", "i j -> i j {i=8 j=4}"),
-    ],
-)
+EXAMPLES = [
+    ("check", "i j ->  {i=8 j=4} blocked i j"),
+    ("empty2", " -> i j {i=8 j=4}"),
+    ("from_edtype", "i j -> i j {i=8 j=4}"),
+    (
+        "geqp3",
+        "i j k, i l -> i m n, i o, i p {i=8 j=6 k=4 l=4 m=6 n=4 o=4 p=4} "
+        "blocked j k l m n o p",
+    ),
+    (
+        "geqrf",
+        "i j k -> i l m, i n {i=8 j=6 k=4 l=6 m=4 n=4} blocked j k l m n",
+    ),
+    ("relayout", "i j -> i j {i=8 j=4}"),
+    (
+        "scaled_matmul",
+        "i j (lm), i k (lm), i j l, i k l -> i j k "
+        "{i=2 j=8 k=4 l=2 m=32} reduce l blocked m",
+    ),
+    ("stage", "i j -> i j {i=8 j=4}"),
+    ("tie", "i, j k -> j k {i=2 j=8 k=4}"),
+    ("to_edtype", "i j -> i j {i=8 j=4}"),
+    ("unreduced_pmax", "i j -> i j {i=8 j=4} blocked i j"),
+    ("unreduced_pmin", "i j -> i j {i=8 j=4} blocked i j"),
+    ("with_memory_space_constraint", "i j -> i j {i=8 j=4}"),
+]
+"""Rules of primitives that no program here has."""
+
+
+@pytest.mark.parametrize(("primitive", "text"), EXAMPLES)
 def test_rules_that_no_program_reaches_by_their_example(primitive, text):
     assert primitive in NOT_PRODUCED
     assert example_rule(primitive).text == text
