@@ -76,20 +76,18 @@ def run_part(part: int, begin: int, end: int) -> dict[str, Any]:
         "programs": len(judged),
         "left_out": Counter(v.defect for v in verdicts if v.defect),
         "failures": [
-            {"what": v.failures, "program": to_json(v.case)}
-            for v in judged
-            if v.wrong
+            {"what": v.failures, "program": to_json(v.case)} for v in judged if v.wrong
         ],
         "rounding": sum(v.noisy for v in judged),
-        "worst": max((v.worst for v in judged if not v.wrong and not v.noisy), default=0),
+        "worst": max(
+            (v.worst for v in judged if not v.wrong and not v.noisy), default=0
+        ),
         "families": Counter(n.family for v in judged for n in nodes[id(v)]),
         "programs_of_family": Counter(
             f for v in judged for f in {n.family for n in nodes[id(v)]}
         ),
         "ops": Counter(str(len(nodes[id(v)])) for v in judged),
-        "meshes": Counter(
-            "x".join(map(str, v.case.mesh.values())) for v in judged
-        ),
+        "meshes": Counter("x".join(map(str, v.case.mesh.values())) for v in judged),
         "train_steps": sum(v.case.train for v in judged),
         "with_collectives": sum(v.moves > 0 for v in judged),
         "with_rules_dropped": sum(bool(v.dropped) for v in judged),
@@ -183,6 +181,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Runs all parts, or the one that the command line names."""
     args = arguments()
     if args.part:
         print(json.dumps(run_part(*args.part)))

@@ -93,7 +93,7 @@ def _product(
     out = jax.lax.dot_general(
         left,
         right,
-        (tuple(dims_out), tuple(batch_out)),
+        ((dims_out[0], dims_out[1]), (batch_out[0], batch_out[1])),
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-
 Numbers = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 
 

@@ -408,7 +408,7 @@ def _same(a: Any, b: Any, whole: Whole, *, exact: bool = False) -> bool:
 
 
 def _numbers(x: Any) -> np.ndarray[Any, Any]:
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.floating):  # NumPy cannot compare the short ones
         return np.asarray(x).astype(np.float64)

@@ -103,7 +103,7 @@ def joined(
 
 def host(x: Any) -> Any:
     """The same array as NumPy's; keys stay what they are."""
-    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return x if is_key else np.asarray(x)
 
 

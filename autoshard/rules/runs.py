@@ -154,7 +154,7 @@ def sample_operands(op: Op, seed: int = 0) -> Arrays:
     for k, (atom, aval) in enumerate(zip(op.equation.invars, avals, strict=True)):
         if _jaxcompat.is_literal(atom):
             made.append(np.asarray(atom.val, aval.dtype))
-        elif jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        elif jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
             key = jax.random.key(seed)
             made.append(jax.random.split(key, aval.shape) if aval.shape else key)
         elif aval.dtype == np.bool_:

@@ -146,7 +146,9 @@ def _hold(sharded: ShardedProgram, pinned: _Pins) -> None:
     for value, moved in moves.items():
         producer = program.values[value].producer
         alike = len({reshard.target for reshard in moved}) == 1
-        if producer < 0 or not alike or 1 < uses[value] == len(moved):
+        if producer < 0 or value in sharded.stored:
+            continue  # what lies in memory keeps its spec
+        if not alike or 1 < uses[value] == len(moved):
             continue
         op = program.ops[producer]
         if (op.address, f"out{op.outputs.index(value)}") in pinned:

@@ -138,7 +138,7 @@ def test_explain_line(trail_file, line):
     ("given", "said"),
     [
         ("model.py:13", "The nearest lines that make some: 12"),
-        ("modell.py:12", "pkg/model.py"),
+        ("modex.py:12", "pkg/model.py"),
         ("model.py:", "file.py:LINE"),
         ("model.py:x", "file.py:LINE"),
         (":12", "file.py:LINE"),

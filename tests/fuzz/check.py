@@ -203,7 +203,9 @@ def run_together(ready: Sequence[Ready]) -> list[Verdict]:
         out_shardings=[r.parallel.out_shardings for r in ready],
         keep_unused=True,  # else they are not reported
     )
-    plain = jax.jit(lambda given: [_plain(r, a) for r, a in zip(ready, given, strict=True)])
+    plain = jax.jit(
+        lambda given: [_plain(r, a) for r, a in zip(ready, given, strict=True)]
+    )
     with _watched(ready) as seen:
         compiled = sharded.lower(shapes).compile(compiler_options=FAST)
     reference = plain.lower(shapes).compile(compiler_options=FAST)
@@ -244,7 +246,7 @@ def _difference(got: Any, want: Any) -> tuple[float, float]:
     if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
         got, want = jax.random.key_data(got), jax.random.key_data(want)
     a, b = np.asarray(got), np.asarray(want)
-    assert a.dtype == b.dtype and a.shape == b.shape, (a.dtype, b.dtype)
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
     if not a.size:
         return 0.0, 1.0
     if a.dtype != np.float32:

@@ -167,7 +167,6 @@ def _reordered(kit: Kit, batch: int) -> Body:
     leaves = [v.id for v in kit.leaves() if v.dtype != "key"]
     inputs = tuple(kit.inputs[old] for old in order)
     nodes = tuple(
-        replace(n, args=tuple(renamed.get(a, a) for a in n.args))
-        for n in kit.nodes
+        replace(n, args=tuple(renamed.get(a, a) for a in n.args)) for n in kit.nodes
     )
     return Body(inputs, nodes, tuple(leaves))

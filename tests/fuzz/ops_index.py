@@ -101,7 +101,7 @@ def _segment_sum(kit: Kit) -> None:
     segments = kit.pick((4, 8, 3))
 
     def fits(v: Value) -> bool:
-        return v.dtype == "int32" and 0 < v.below and v.shape == x.shape[:1]
+        return v.dtype == "int32" and v.below > 0 and v.shape == x.shape[:1]
 
     try:
         index = kit.any(fits)

@@ -95,17 +95,16 @@ def _unary(kit: Kit) -> None:
     kind = kit.integer(0, 5)
     if kind <= 2:
         x = kit.floats()
-        mag = 1.0 if x.mag else 0.0
-        kit.emit("unary", [x], [x.shape], fn=kit.pick(list(_SMOOTH)), mag=mag)
+        kit.emit("unary", [x], [x.shape], fn=kit.pick(list(_SMOOTH)), mag=1.0)
         return
     if kind == 3:
-        x, names, exact = kit.floats(), list(_IDENTITY), True
+        x, names = kit.floats(), list(_IDENTITY)
     elif kind == 4:
-        x, names, exact = kit.floats(kink=True), list(_KINKED), True
+        x, names = kit.floats(kink=True), list(_KINKED)
     else:
-        x, names, exact = kit.floats(exact=True), list(_JUMPING), True
+        x, names = kit.floats(exact=True), list(_JUMPING)
     name = kit.pick(names)
-    kit.emit("unary", [x], [x.shape], fn=name, mag=x.mag, exact=exact and x.exact)
+    kit.emit("unary", [x], [x.shape], fn=name, mag=x.mag, exact=x.exact)
 
 
 @runs
@@ -119,9 +118,7 @@ def _broadcasts(a: Value, b: Value) -> tuple[int, ...] | None:
     padded = (1,) * (len(long) - len(short)) + short
     if any(m != n and 1 not in (m, n) for m, n in zip(long, padded, strict=True)):
         return None
-    return tuple(
-        n if m == 1 else m if n == 1 else m for m, n in zip(long, padded, strict=True)
-    )
+    return tuple(n if m == 1 else m for m, n in zip(long, padded, strict=True))
 
 
 def partner(kit: Kit, x: Value, *, exact: bool = False) -> Value:
@@ -223,10 +220,8 @@ def _truncate_run(x: jax.Array) -> jax.Array:
 
 @draws("select")
 def _compare(kit: Kit) -> None:
-    if kit.flip():
-        a = kit.any(lambda v: v.dtype == "int32")
-    else:
-        a = kit.floats(exact=True)
+    whole = kit.flip()
+    a = kit.any(lambda v: v.dtype == "int32") if whole else kit.floats(exact=True)
     b = partner(kit, a, exact=True)
     shape = _broadcasts(a, b)
     assert shape is not None

@@ -18,7 +18,7 @@ from autoshard.rules.check import check_rule, loose_factors
 from autoshard.rules.core import letter
 from autoshard.rules.runs import MADE_ALONE, UNCHECKED
 
-GROUPS = "XLA computes several layouts of these wrongly"
+GROUPS = "XLA computes a convolution that is cut by groups wrongly"
 MINOR = "it stands behind another factor, by which the sum is cut"
 CAREFUL = {
     "i (kl), (kl) j, i 1, k j -> i j {i=8 j=4 k=4 l=16} reduce k blocked l": (
@@ -27,17 +27,18 @@ CAREFUL = {
     ),
     "i j (lm), i k (lm), i j l, i k l -> i j k {i=2 j=8 k=4 l=2 m=32} "
     "reduce l blocked m": ("m", MINOR),
+    # Groups of features, one for each feature, and the gradient of a grouped one.
     "i (jl) m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=2 m=16 n=3} "
-    "blocked l n shift m(1,1)": ("l", MINOR),
+    "blocked j l n shift m(1,1)": ("jl", GROUPS),
     "i (jl) m, (jk) l n -> i (jk) m {i=3 j=2 k=5 l=2 m=16 n=3} "
-    "blocked l n shift m(1,1)": ("l", MINOR),
-    # The gradient of a grouped convolution.
+    "blocked j l n shift m(1,1)": ("jl", GROUPS),
+    "i j k, j 1 l -> i j k {i=2 j=4 k=16 l=3} blocked j l shift k(1,1)": ("j", GROUPS),
     "(ji) l m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=5 m=16 n=3} blocked i j k l m n": (
-        "jl",
+        "ijkl",
         GROUPS,
     ),
     "(ji) l m, (jk) l n -> i (jk) m {i=3 j=2 k=4 l=5 m=16 n=3} blocked i j k l m n": (
-        "jl",
+        "ijkl",
         GROUPS,
     ),
     "i j k, i l m -> i n o {i=3 j=6 k=4 l=6 m=6 n=6 o=6} blocked j k l m n o": (
