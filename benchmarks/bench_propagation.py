@@ -4,7 +4,8 @@ A train step (forward, backward, AdamW) of a Llama with its layers written out i
 traced, which finds the repeated blocks, too; that is not counted (the time of finding
 blocks is shown by itself). Then dim classes are found and a layout is propagated:
 tensor parallelism, sharded residual stream, batch over data, all state stored in parts.
-Median of five, each size in a process of its own; processor time is shown, too, which a busy machine lengthens less.
+Median of five, each size in a process of its own; processor time is shown, too, which
+a busy machine lengthens less.
 
 Bars: Llama 7B in at most 0.5 s; 1,000 layers in at most 5 s; time grows in proportion
 to the equations (exponent of a fit over 8 to 512 layers at most 1.1).

@@ -97,7 +97,7 @@ def compile_and_read(lowered: Any, sizes: dict[str, int]) -> EmittedProgram:
 @contextmanager
 def _no_cache() -> Iterator[None]:
     """A program from the persistent cache has gone through no passes here."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
