@@ -173,7 +173,7 @@ class Reshard:
         unreduced: Axes over which `source` holds partial sums.
         target: Axes per dim after.
         at_once: All partial sums are completed by one all-reduce before anything
-            else: those of lookups and scatters, which have no spec until then.
+            else, as the partitioner does it for lookups, scatters and reductions.
     """
 
     op: int

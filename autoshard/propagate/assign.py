@@ -33,6 +33,9 @@ from autoshard.propagate.exchanges import between_neighbours, in_manual_region
 from autoshard.propagate.gradients import gradient_targets
 from autoshard.rules import FactorRule
 
+_AT_ONCE = frozenset({"gather", "reduce", "scatter"})
+"""Kinds of op whose partial sums the partitioner completes over all axes together."""
+
 _NAMED = frozenset({BARRIER, "autoshard_annotate", "sharding_constraint", "reshard"})
 """Primitives that are treated in a way of their own, beyond their rule."""
 
@@ -251,7 +254,7 @@ class _Propagation(Decisions):
         for k, is_result, source, unreduced, target in outcome.reshards:
             value = op.outputs[k] if is_result else op.inputs[k]
             slot = f"out{k}" if is_result else f"in{k}"
-            at_once = len(unreduced) > 1 and rule.op_kind in ("gather", "scatter")
+            at_once = len(unreduced) > 1 and rule.op_kind in _AT_ONCE
             self.reshards.append(
                 Reshard(op.index, slot, value, source, unreduced, target, at_once)
             )

@@ -62,8 +62,9 @@ def names_by_role(
                     found[cls] = "vocab" if kind == "reduce" else "embed"
                     where[cls] = f"role: looked up by token at {op.source}"
         if rule.op_kind == "matmul" and not batch.isdisjoint(classes):
-            for cls in free.intersection(classes):
-                if cls not in hidden:
+            for cls, kind in zip(classes, rule.kinds, strict=True):
+                # The window of a convolution is no width: every device needs it whole.
+                if cls in free and cls not in hidden and kind in ("pass", "reduce"):
                     hidden[cls] = f"role: width of the product at {op.source}"
     if "embed" not in found.values() and not any(
         "embed" in names for names in named.values()

@@ -94,7 +94,11 @@ class Difference:
     def __str__(self) -> str:
         sides = [
             *(f"planned {_show(c)} at {c.address}" for c in self.planned),
-            *(f"emitted {_show(e)} as {e.name} for {e.op_name}" for e in self.emitted),
+            *(
+                f"emitted {_show(e)} as {e.name} for {e.op_name}"
+                f"{f', used by {e.used_by}' if e.used_by else ''}"
+                for e in self.emitted
+            ),
         ]
         return f"{self.cause}: {'; '.join(sides)}"
 

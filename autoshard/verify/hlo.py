@@ -216,7 +216,7 @@ class _Reader:
         cut = False
         while pending:
             user = pending.pop()
-            if user.name in seen:
+            if user.name in seen or user.name not in computation.live:
                 continue
             if user.opcode == "dynamic-slice":
                 cut = True

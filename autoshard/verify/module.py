@@ -117,6 +117,18 @@ class Computation:
         return next(i for i in self.instructions.values() if i.root)
 
     @cached_property
+    def live(self) -> set[str]:
+        """What its result depends on; right after a pass there is more."""
+        found: set[str] = set()
+        pending = [self.root.name]
+        while pending:
+            name = pending.pop()
+            if name not in found and name in self.instructions:
+                found.add(name)
+                pending += self.instructions[name].operands
+        return found
+
+    @cached_property
     def users(self) -> dict[str, list[Instruction]]:
         """Who takes each instruction as an operand."""
         found: dict[str, list[Instruction]] = {}

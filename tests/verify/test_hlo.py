@@ -311,9 +311,18 @@ SLICE = "dynamic-slice({}, %k, %k), dynamic_slice_sizes={{2,4}}"
         (
             [
                 f"%s = f32[2,4]{{1,0}} {SLICE.format('%c')}",
-                "ROOT %n = f32[8,4]{1,0} negate(%c)",
+                "%n = f32[8,4]{1,0} negate(%c)",
+                "ROOT %t = (f32[2,4], f32[8,4]) tuple(%s, %n)",
             ],
             False,
+        ),
+        # What nothing depends on is removed by a later pass.
+        (
+            [
+                "%n = f32[8,4]{1,0} negate(%c)",
+                f"ROOT %s = f32[2,4]{{1,0}} {SLICE.format('%c')}",
+            ],
+            True,
         ),
         (["ROOT %b = f32[8,4]{1,0} copy(%c)"], False),
         (["ROOT %f = f32[2,4]{1,0} fusion(%k, %c), kind=kLoop, calls=%cut"], True),
