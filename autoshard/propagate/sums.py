@@ -156,6 +156,8 @@ def _fit(
         reduced = [f for f, k in enumerate(rule.kinds) if k == "reduce" and axes[f]]
         if len(reduced) != 1 or (pending and axes[reduced[0]] != pending):
             return None
+        if op.outputs[0] in classes.fixed.dims:
+            return None  # the user says how the product itself lies
         pending = axes[reduced[0]]
         split.append(reduced[0])
         factor_axes[index] = axes

@@ -310,7 +310,7 @@ class _Trail:
                 given_by = self.named.get((v, d), "")
                 whole = self.classes.origins.get((cls, base), "")
                 return ", ".join(filter(None, (text, given_by or whole)))
-        raise AssertionError(f"no rule gave dim {d} of value {v} its axes")
+        return f"dims tied to it by the program (class {cls})"
 
     def _storage(self, node: int, axes: Axes, begun: int) -> str:
         """Which storage entry, or which placement by the user, holds at the origin."""

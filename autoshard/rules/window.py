@@ -89,8 +89,9 @@ def _slid(
         dim = factors.new(s.n_out, "pass" if free else "shift", halo)
         return dim, (() if pooled else factors.new(s.n_kernel, "blocked")), dim
     halo = s.halo(along_kernel=True)
-    if halo is not None and sums and (not pooled or s.n_out == 1):
-        dim = factors.new(s.n_kernel, "reduce", halo)
+    # With a halo XLA's partitioner may sum the places twice (seen with JAX 0.10.2).
+    if halo == (0, 0) and sums and (not pooled or s.n_out == 1):
+        dim = factors.new(s.n_kernel, "reduce")
         return dim, dim, factors.new(s.n_out, "blocked")
     # Nothing can be cut. The input is still the same dim as what is more like it: the
     # result, or in the gradient of a kernel the cotangent that lies where the kernel
@@ -149,9 +150,7 @@ def _conv(ctx: RuleContext) -> FactorRule:
     b: list[Dim] = [() for _ in rhs]
     c: list[Dim] = [() for _ in out]
     batch = factors.new(out[at_out[0]])
-    # XLA's partitioner computes a convolution cut by groups wrongly (seen with JAX
-    # 0.10.2: input and result cut along their features).
-    group = factors.new(groups * batch_groups, "pass" if groups == 1 else "blocked")
+    group = factors.new(groups * batch_groups)
     wide = factors.new(out[at_out[1]] // (groups * batch_groups))
     # Within a group of features only the major part of a dim can be cut.
     summed = factors.new(rhs[at_rhs[1]], "reduce" if groups == 1 else "blocked")
@@ -173,10 +172,13 @@ def _conv(ctx: RuleContext) -> FactorRule:
             pad=p["padding"][k][0],
         )
         a[la], b[lb], c[lc] = _slid(factors, slide)
-    if batch_groups > 1:
-        # XLA's partitioner computes several layouts of these wrongly, or aborts (seen
-        # with JAX 0.10.2: features over one axis and the batch over another).
-        factors.kinds = ["blocked"] * len(factors.kinds)
+    if groups > 1 or batch_groups > 1:
+        # XLA's partitioner computes many layouts of these wrongly, or aborts (seen with
+        # JAX 0.10.2). Groups of features may at least be cut along the batch.
+        safe = batch if batch_groups == 1 else ()
+        factors.kinds = [
+            kind if (f,) == safe else "blocked" for f, kind in enumerate(factors.kinds)
+        ]
         factors.halos = [(0, 0)] * len(factors.halos)
     # Each point of the result sums over one group of features and over the window.
     products = prod(out) * prod(rhs) // max(rhs[at_rhs[0]], 1)
@@ -276,8 +278,8 @@ def _select_and_gather_add(ctx: RuleContext) -> FactorRule:
 def _select_and_scatter_add(ctx: RuleContext) -> FactorRule:
     """The gradient of a maximum over windows: each goes to where the maximum was.
 
-    A device needs every window that touches its part, so the halo is wider than that
-    of the pooling itself.
+    Windows that overlap are needed whole: XLA's partitioner computes them wrongly where
+    they are cut (seen with JAX 0.10.2 for each window, stride and padding tried).
     """
     source, whole = ctx.operands
     factors = Factors()
@@ -286,15 +288,7 @@ def _select_and_scatter_add(ctx: RuleContext) -> FactorRule:
         if slide.halo() is None or slide.tiles or slide.halo() == (0, 0):
             dims.append(_slid(factors, slide, pooled=True, sums=False))
             continue
-        below = max(0, slide.n_kernel - 1 - slide.pad) // slide.stride
-        above = (slide.pad - 1) // slide.stride + 1
-        low = below * slide.stride + slide.pad
-        high = max(0, (above - 1) * slide.stride - slide.pad + slide.n_kernel)
-        fits = 2 * max(low, high) <= slide.n_in
-        size = slide.n_out if fits else max(slide.n_in, slide.n_out)
-        dim = factors.new(
-            size, "shift" if fits else "blocked", (low, high) if fits else (0, 0)
-        )
+        dim = factors.new(max(slide.n_in, slide.n_out), "blocked")
         dims.append((dim, (), dim))
     large, small = tuple(a for a, _, _ in dims), tuple(c for _, _, c in dims)
     window = prod(ctx.params["window_dimensions"])

@@ -6,8 +6,6 @@ the specs of its neighbours.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import Spec
 from autoshard.plan.schema import Constraint
@@ -113,6 +111,9 @@ def _needs_whole(
     rule = sharded.classes.rules[reshard.op]
     if not reshard.slot.startswith("out") or rule.op_kind in ("link", "data"):
         return False
+    op = sharded.traced.program.ops[reshard.op]
+    if op.primitive == "autoshard_annotate" and op.params["role"]:
+        return True  # else the spec of storage leaks back to what makes the gradient
     pairs = list(zip(reshard.source, reshard.target, strict=True))
     if any(set(source) - set(target) for source, target in pairs):
         return True
@@ -131,31 +132,38 @@ def _needs_whole(
 
 
 def _hold(sharded: ShardedProgram, pinned: _Pins) -> None:
-    """Pins values that are moved for some ops to what they are before.
+    """Keeps what is moved for some ops from being moved for all.
 
-    The propagation of shardings takes the one constraint there is on a value for the
-    value's own spec: what is gathered for one op would be gathered where it is made,
-    and every other op would work on the gathered value.
+    Where a value has one constraint, or several alike, the propagation of shardings
+    takes that for the value's own spec if nothing else uses it, and else lets every
+    later use have the moved value. A second constraint, on what the value is anyway,
+    stops both: before the move, or at another use.
     """
     program = sharded.traced.program
-    moves: dict[int, list[Reshard]] = {}
+    moves: dict[int, dict[tuple[str, str], Reshard]] = {}
     for reshard in sharded.reshards:
         if reshard.op != OUTPUT and reshard.slot.startswith("in"):
-            moves.setdefault(reshard.value, []).append(reshard)
-    uses = Counter(v for op in program.ops for v in op.inputs if v in moves)
+            at = program.ops[reshard.op].address, reshard.slot
+            moves.setdefault(reshard.value, {})[at] = reshard
+    others: dict[int, tuple[str, str]] = {}
+    for op in program.ops:
+        for k, value in enumerate(op.inputs):
+            at = op.address, f"in{k}"
+            if value in moves and at not in moves[value]:
+                others.setdefault(value, at)
     for value, moved in moves.items():
         producer = program.values[value].producer
-        alike = len({reshard.target for reshard in moved}) == 1
-        if producer < 0 or value in sharded.stored:
-            continue  # what lies in memory keeps its spec
-        if not alike or 1 < uses[value] == len(moved):
-            continue
+        if producer < 0 or value in sharded.stored or value in sharded.free:
+            continue  # what lies in memory keeps its spec; constants have none
         op = program.ops[producer]
-        if (op.address, f"out{op.outputs.index(value)}") in pinned:
+        alike = len({reshard.target for reshard in moved.values()}) == 1
+        if not alike or (op.address, f"out{op.outputs.index(value)}") in pinned:
             continue
-        for reshard in moved:
-            at = program.ops[reshard.op].address, reshard.slot.replace("in", "had")
-            pinned[at] = reshard.source
+        if value in others:
+            pinned.setdefault(others[value], sharded.specs[value])
+        elif len(moved) == 1:
+            [(address, slot)] = moved
+            pinned[address, slot.replace("in", "had")] = sharded.specs[value]
 
 
 def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:

@@ -90,8 +90,10 @@ def compare(planned: Sequence[Collective], emitted: Sequence[Emitted]) -> Compar
     # Steps first, or one of them is taken for some other sum over its one axis.
     matching.lookups()
     matching.steps()
-    matching.agree(c.AS_PLANNED, lambda p, e: p.kind == e.kind)
+    # A sum of which a slice is kept is left for a reduce-scatter, if there is one.
+    matching.agree(c.AS_PLANNED, lambda p, e: p.kind == e.kind and not e.item.sliced)
     matching.agree(c.SLICED_SUM, _is_sliced_sum)
+    matching.agree(c.AS_PLANNED, lambda p, e: p.kind == e.kind)
     matching.agree(c.PADDED_SUM, _is_padded_sum)
     matching.spread()
     matching.hoists()

@@ -10,16 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from fuzz.describe import Array, Case
-from fuzz.kit import runs
 from fuzz.ops_structure import loss_of, run_body
 
 import autoshard as ash
 from autoshard.plan.schema import Strategy
-
-
-@runs
-def _annotate_run(x: jax.Array, *, names: list[str | None]) -> jax.Array:
-    return ash.annotate(x, *names)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from fuzz import (  # noqa: F401 - each registers its ops
     ops_contract,
     ops_index,
     ops_move,
+    ops_names,
     ops_pointwise,
     ops_reduce,
     ops_structure,
 )
 from fuzz.describe import Body, Case
 from fuzz.kit import DRAWS, Kit, Skip
-from fuzz.ops_move import name_dims
+from fuzz.ops_names import name_dims
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 

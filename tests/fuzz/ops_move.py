@@ -11,7 +11,7 @@ from fuzz.kit import Kit, Skip, Value, draws, runs
 from jax import lax
 
 
-def _like(
+def like(
     kit: Kit, x: Value, op: str, *shapes: tuple[int, ...], **params: Any
 ) -> list[Value]:
     """Emits an op whose results hold parts of `x`."""
@@ -29,7 +29,7 @@ def _like(
     )
 
 
-def _some(kit: Kit, low: int = 1, high: int = 9) -> Value:
+def some_value(kit: Kit, low: int = 1, high: int = 9) -> Value:
     """Mostly a float, sometimes an integer or a truth value."""
     if kit.flip(4):
         return kit.any(lambda v: v.dtype in ("int32", "bool") and low <= v.rank <= high)
@@ -38,35 +38,35 @@ def _some(kit: Kit, low: int = 1, high: int = 9) -> Value:
 
 @draws("reshape")
 def _merge(kit: Kit) -> None:
-    x = _some(kit, 2)
+    x = some_value(kit, 2)
     d = kit.integer(0, x.rank - 2)
     shape = (*x.shape[:d], x.shape[d] * x.shape[d + 1], *x.shape[d + 2 :])
-    _like(kit, x, "reshape", shape, shape=list(shape))
+    like(kit, x, "reshape", shape, shape=list(shape))
 
 
 @draws("reshape")
 def _split(kit: Kit) -> None:
-    x = _some(kit)
+    x = some_value(kit)
     d = kit.dim(x, 2)
     n = x.shape[d]
     major = kit.pick([m for m in range(2, n + 1) if n % m == 0])
     if x.rank > 4:
         raise Skip
     shape = (*x.shape[:d], major, n // major, *x.shape[d + 1 :])
-    _like(kit, x, "reshape", shape, shape=list(shape))
+    like(kit, x, "reshape", shape, shape=list(shape))
 
 
 @draws("reshape")
 def _reshape(kit: Kit) -> None:
     """To any shape that has as many elements."""
-    x = _some(kit)
+    x = some_value(kit)
     left, shape = math.prod(x.shape), []
     while left > 1 and len(shape) < 3:
         n = kit.pick([m for m in range(2, left + 1) if left % m == 0])
         shape.append(n)
         left //= n
     shape.append(left)
-    _like(kit, x, "reshape", tuple(shape), shape=shape)
+    like(kit, x, "reshape", tuple(shape), shape=shape)
 
 
 @runs
@@ -76,11 +76,11 @@ def _reshape_run(x: jax.Array, *, shape: list[int]) -> jax.Array:
 
 @draws("reshape")
 def _squeeze(kit: Kit) -> None:
-    x = _some(kit)
+    x = some_value(kit)
     ones = [d for d, n in enumerate(x.shape) if n == 1]
     dims = sorted(kit.some(ones))
     shape = tuple(n for d, n in enumerate(x.shape) if d not in dims)
-    _like(kit, x, "squeeze", shape, dims=dims)
+    like(kit, x, "squeeze", shape, dims=dims)
 
 
 @runs
@@ -90,10 +90,10 @@ def _squeeze_run(x: jax.Array, *, dims: list[int]) -> jax.Array:
 
 @draws("transpose")
 def _transpose(kit: Kit) -> None:
-    x = _some(kit, 2)
+    x = some_value(kit, 2)
     order = kit.some(range(x.rank), x.rank)
     shape = tuple(x.shape[d] for d in order)
-    _like(kit, x, "transpose", shape, order=order)
+    like(kit, x, "transpose", shape, order=order)
 
 
 @runs
@@ -104,14 +104,14 @@ def _transpose_run(x: jax.Array, *, order: list[int]) -> jax.Array:
 @draws("broadcast")
 def _broadcast(kit: Kit) -> None:
     """New dims anywhere; dims of size one may grow."""
-    x = _some(kit, 0, 3)
+    x = some_value(kit, 0, 3)
     shape = [kit.size() if n == 1 and kit.flip() else n for n in x.shape]
     places = list(range(x.rank))
     for _ in range(kit.integer(0 if shape != list(x.shape) else 1, 2)):
         at = kit.integer(0, len(shape))
         shape.insert(at, kit.size())
         places = [p + (p >= at) for p in places]
-    _like(kit, x, "broadcast", tuple(shape), shape=shape, places=places)
+    like(kit, x, "broadcast", tuple(shape), shape=shape, places=places)
 
 
 @runs
@@ -149,7 +149,7 @@ def _constant_run(*, shape: list[int], dtype: str) -> jax.Array:
 
 @draws("slice")
 def _slice(kit: Kit) -> None:
-    x = _some(kit)
+    x = some_value(kit)
     start, limit, stride = [0] * x.rank, list(x.shape), [1] * x.rank
     for d in kit.some(range(x.rank), 1, 2):
         n = x.shape[d]
@@ -158,7 +158,7 @@ def _slice(kit: Kit) -> None:
         limit[d] = max(limit[d], start[d] + 1)
         stride[d] = kit.pick((1, 1, 2))
     shape = [-(-(b - a) // s) for a, b, s in zip(start, limit, stride, strict=True)]
-    _like(kit, x, "slice", tuple(shape), start=start, limit=limit, stride=stride)
+    like(kit, x, "slice", tuple(shape), start=start, limit=limit, stride=stride)
 
 
 @runs
@@ -168,7 +168,7 @@ def _slice_run(x: jax.Array, **p: list[int]) -> jax.Array:
 
 @draws("slice")
 def _pad(kit: Kit) -> None:
-    x = _some(kit)
+    x = some_value(kit)
     config = [[0, 0, 0] for _ in x.shape]
     for d in kit.some(range(x.rank), 1, 2):
         n = x.shape[d]
@@ -179,7 +179,7 @@ def _pad(kit: Kit) -> None:
         n + low + high + max(n - 1, 0) * inner
         for n, (low, high, inner) in zip(x.shape, config, strict=True)
     ]
-    _like(kit, x, "pad", tuple(shape), config=config)
+    like(kit, x, "pad", tuple(shape), config=config)
 
 
 @runs
@@ -189,7 +189,7 @@ def _pad_run(x: jax.Array, *, config: list[list[int]]) -> jax.Array:
 
 @draws("concatenate")
 def _concatenate(kit: Kit) -> None:
-    x = _some(kit)
+    x = some_value(kit)
     axis = kit.dim(x)
     parts = [x]
     for _ in range(kit.integer(1, 2)):
@@ -226,7 +226,7 @@ def _concatenate_run(*parts: jax.Array, axis: int) -> jax.Array:
 
 @draws("concatenate")
 def _stack(kit: Kit) -> None:
-    x = _some(kit, 0, 3)
+    x = some_value(kit, 0, 3)
     y = kit.any(lambda v: v.dtype == x.dtype and v.shape == x.shape)
     axis = kit.integer(0, x.rank)
     shape = (*x.shape[:axis], 2, *x.shape[axis:])
@@ -250,12 +250,12 @@ def _stack_run(*parts: jax.Array, axis: int) -> jax.Array:
 @draws("slice")
 def _parts(kit: Kit) -> None:
     """`lax.split` into parts of any size."""
-    x = _some(kit)
+    x = some_value(kit)
     axis = kit.dim(x, 2)
     n = x.shape[axis]
     first = kit.pick((n // 2, kit.integer(1, n - 1)))
     shapes = [(*x.shape[:axis], k, *x.shape[axis + 1 :]) for k in (first, n - first)]
-    _like(kit, x, "parts", *shapes, axis=axis, sizes=[first, n - first])
+    like(kit, x, "parts", *shapes, axis=axis, sizes=[first, n - first])
 
 
 @runs
@@ -265,8 +265,8 @@ def _parts_run(x: jax.Array, *, axis: int, sizes: list[int]) -> list[jax.Array]:
 
 @draws("concatenate")
 def _rev(kit: Kit) -> None:
-    x = _some(kit)
-    _like(kit, x, "rev", x.shape, dims=sorted(kit.some(range(x.rank), 1, 2)))
+    x = some_value(kit)
+    like(kit, x, "rev", x.shape, dims=sorted(kit.some(range(x.rank), 1, 2)))
 
 
 @runs
@@ -276,9 +276,9 @@ def _rev_run(x: jax.Array, *, dims: list[int]) -> jax.Array:
 
 @draws("concatenate")
 def _roll(kit: Kit) -> None:
-    x = _some(kit)
+    x = some_value(kit)
     axis = kit.dim(x)
-    _like(kit, x, "roll", x.shape, axis=axis, by=kit.integer(-2, 3))
+    like(kit, x, "roll", x.shape, axis=axis, by=kit.integer(-2, 3))
 
 
 @runs
@@ -288,35 +288,12 @@ def _roll_run(x: jax.Array, *, axis: int, by: int) -> jax.Array:
 
 @draws("broadcast")
 def _tile(kit: Kit) -> None:
-    x = _some(kit, 1, 3)
+    x = some_value(kit, 1, 3)
     reps = [kit.pick((1, 2, 1, 3)) for _ in x.shape]
     shape = tuple(n * r for n, r in zip(x.shape, reps, strict=True))
-    _like(kit, x, "tile", shape, reps=reps)
+    like(kit, x, "tile", shape, reps=reps)
 
 
 @runs
 def _tile_run(x: jax.Array, *, reps: list[int]) -> jax.Array:
     return jnp.tile(x, reps)
-
-
-@draws("annotate")
-def name_dims(kit: Kit) -> None:
-    """Names dims whose size their axes divide, unless they should not divide."""
-    x = _some(kit)
-    names: list[str | None] = [None] * x.rank
-    taken: set[str] = set()
-    for d in kit.some(range(x.rank), 1, 2):
-        fitting = [
-            name
-            for name, axes in kit.rules.items()
-            if not name.endswith(".residual")
-            and name not in names
-            and not taken & set(axes)
-            and x.shape[d] % math.prod(kit.mesh[a] for a in axes) == 0
-        ]
-        if fitting:
-            names[d] = kit.pick(fitting)
-            taken |= set(kit.rules[names[d]])
-    if not any(names):
-        raise Skip
-    _like(kit, x, "annotate", x.shape, names=names)

@@ -115,13 +115,13 @@ CONVOLUTION = [
     # Three groups of features: 2 in and 4 out each.
     _case(_conv(groups=3), (2, 6, 16), (12, 2, 3),
           "i (jl) m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=2 m=16 n=3} "
-          "blocked j l n shift m(1,1)"),
+          "blocked j k l m n"),
     _case(_conv(groups=2), (3, 4, 16), (10, 2, 3),
           "i (jl) m, (jk) l n -> i (jk) m {i=3 j=2 k=5 l=2 m=16 n=3} "
-          "blocked j l n shift m(1,1)"),
+          "blocked j k l m n"),
     # Depthwise: a group for each feature.
     _case(_conv(groups=4), (2, 4, 16), (4, 1, 3),
-          "i j k, j 1 l -> i j k {i=2 j=4 k=16 l=3} blocked j l shift k(1,1)"),
+          "i j k, j 1 l -> i j k {i=2 j=4 k=16 l=3} blocked j k l"),
     # Three groups of the batch, each with its own features of the result: whole.
     _case(_conv(batch_groups=3), (6, 5, 16), (12, 5, 3),
           "(ji) l m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=5 m=16 n=3} "
@@ -135,10 +135,10 @@ CONVOLUTION = [
     # Gradient of a kernel: batch 2 and places 16 are summed, each device over its own
     # with a margin of 1; the input's features are the batch.
     _case(_kernel_gradient((4, 6, 3)), (2, 6, 16), (2, 4, 16),
-          "k i l, k j l -> j i m {i=6 j=4 k=2 l=16 m=3} reduce k l(1,1) blocked m"),
+          "k i l, k j l -> j i m {i=6 j=4 k=2 l=16 m=3} reduce k blocked l m"),
     # With a stride of 2 the cotangent's elements lie two places apart.
     _case(_kernel_gradient((4, 6, 3), stride=2), (2, 6, 16), (2, 4, 8),
-          "k i l, k j l -> j i m {i=6 j=4 k=2 l=8 m=3} reduce k l(1,0) blocked m"),
+          "k i l, k j l -> j i m {i=6 j=4 k=2 l=16 m=3} reduce k blocked l m"),
     # The input is still the dim of the cotangent if they are no longer aligned.
     _case(_kernel_gradient((4, 6, 3), padding="VALID"), (2, 6, 10), (2, 4, 8),
           "k i l, k j l -> j i m {i=6 j=4 k=2 l=10 m=3} reduce k blocked l m"),
@@ -232,19 +232,18 @@ POOLING = [
          "i j, i (jk) -> i (jk) {i=4 j=16 k=2} blocked k"),
     Case("select_and_scatter_add", _cotangent(2, stride=4), (Arg((4, 8)), X),
          "i j, i j -> i j {i=4 j=8} shift j(0,0)"),
-    # Window o covers 2o-1 .. 2o+1. Those that touch a part a .. b-1 begin at a-1 and
-    # end at b+1.
+    # Windows that overlap are needed whole.
     Case("select_and_scatter_add", _cotangent(3, stride=2, padding=_pad(1, 1)),
-         (HALF, X), "i j, i j -> i j {i=4 j=16} shift j(1,2)"),
+         (Arg((4, 12)), Arg((4, 24))), "i j, i j -> i j {i=4 j=24} blocked j"),
     # Window o covers 2o-2 .. 2o+2: from a-4, as window a/2-1 ends at a, up to b+2.
     Case("select_and_scatter_add", _cotangent(5, stride=2, padding=_pad(2, 2)),
-         (Arg((4, 8)), HALF), "i j, i j -> i j {i=4 j=8} shift j(4,3)"),
+         (Arg((4, 8)), HALF), "i j, i j -> i j {i=4 j=16} blocked j"),
     # Window o covers o-2 .. o: from a-2 up to b+1.
     Case("select_and_scatter_add", _cotangent(3, padding=_pad(2, 0)), (HALF, HALF),
-         "i j, i j -> i j {i=4 j=16} shift j(2,2)"),
+         "i j, i j -> i j {i=4 j=16} blocked j"),
     # Just half of the dim on either side, and just more.
     Case("select_and_scatter_add", _cotangent(9, padding=_pad(4, 4)), (HALF, HALF),
-         "i j, i j -> i j {i=4 j=16} shift j(8,8)"),
+         "i j, i j -> i j {i=4 j=16} blocked j"),
     Case("select_and_scatter_add", _cotangent(7, stride=2, padding=_pad(3, 3)),
          (Arg((4, 4)), Arg((4, 8))), "i j, i j -> i j {i=4 j=8} blocked j"),
     Case("select_and_scatter_add", _cotangent(32), (Arg((4, 1)), X),

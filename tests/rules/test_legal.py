@@ -28,11 +28,15 @@ CAREFUL = {
     "i j (lm), i k (lm), i j l, i k l -> i j k {i=2 j=8 k=4 l=2 m=32} "
     "reduce l blocked m": ("m", MINOR),
     # Groups of features, one for each feature, and the gradient of a grouped one.
-    "i (jl) m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=2 m=16 n=3} "
-    "blocked j l n shift m(1,1)": ("jl", GROUPS),
-    "i (jl) m, (jk) l n -> i (jk) m {i=3 j=2 k=5 l=2 m=16 n=3} "
-    "blocked j l n shift m(1,1)": ("jl", GROUPS),
-    "i j k, j 1 l -> i j k {i=2 j=4 k=16 l=3} blocked j l shift k(1,1)": ("j", GROUPS),
+    "i (jl) m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=2 m=16 n=3} blocked j k l m n": (
+        "jkl",
+        GROUPS,
+    ),
+    "i (jl) m, (jk) l n -> i (jk) m {i=3 j=2 k=5 l=2 m=16 n=3} blocked j k l m n": (
+        "jkl",
+        GROUPS,
+    ),
+    "i j k, j 1 l -> i j k {i=2 j=4 k=16 l=3} blocked j k l": ("j", GROUPS),
     "(ji) l m, (jk) l n -> i (jk) m {i=2 j=3 k=4 l=5 m=16 n=3} blocked i j k l m n": (
         "ijkl",
         GROUPS,
@@ -40,6 +44,10 @@ CAREFUL = {
     "(ji) l m, (jk) l n -> i (jk) m {i=3 j=2 k=4 l=5 m=16 n=3} blocked i j k l m n": (
         "ijkl",
         GROUPS,
+    ),
+    ("select_and_scatter_add", "i j, i j -> i j {i=4 j=24} blocked j"): (
+        "j",
+        "XLA's partitioner computes windows that overlap wrongly",
     ),
     "i j k, i l m -> i n o {i=3 j=6 k=4 l=6 m=6 n=6 o=6} blocked j k l m n o": (
         "k",

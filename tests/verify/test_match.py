@@ -171,6 +171,13 @@ def test_run_once_before_a_loop():
     assert found.fraction == 0.25
 
 
+def test_a_sliced_sum_is_left_for_the_reduce_scatter():
+    planned = [plan(), plan("reduce_scatter")]
+    found = compare(planned, [emit(sliced=True), emit()])
+    assert found.by_form() == {c.AS_PLANNED: 64, c.SLICED_SUM: 64}
+    assert compare([plan()], [emit(sliced=True)]).by_form() == {c.AS_PLANNED: 64}
+
+
 def test_a_pin_names_its_op():
     pinned = "pinned[jvp(a->b)/mul#7]in0/sharding_constraint"
     planned = [plan(value=f"x{k}", address=f"jvp(a->b)/mul#{k}") for k in (6, 7, 8)]
