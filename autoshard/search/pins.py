@@ -93,6 +93,12 @@ def _enters_remat(sharded: ShardedProgram, reshard: Reshard) -> bool:
     )
 
 
+def _leaves(reshard: Reshard) -> bool:
+    """Whether some axis leaves its dim, so that data moves."""
+    pairs = zip(reshard.source, reshard.target, strict=True)
+    return any(set(source) - set(target) for source, target in pairs)
+
+
 def _scatters(reshard: Reshard) -> bool:
     """Whether partial sums end up divided over the axes they are summed over."""
     return any(axis in dim for dim in reshard.target for axis in reshard.unreduced)
@@ -114,8 +120,7 @@ def _needs_whole(
     op = sharded.traced.program.ops[reshard.op]
     if op.primitive == "autoshard_annotate" and op.params["role"]:
         return True  # else the spec of storage leaks back to what makes the gradient
-    pairs = list(zip(reshard.source, reshard.target, strict=True))
-    if any(set(source) - set(target) for source, target in pairs):
+    if _leaves(reshard):
         return True
     if rule.op_kind in ("gather", "scatter") and reshard.unreduced:
         return True
@@ -127,7 +132,9 @@ def _needs_whole(
     dims = rule.results[int(reshard.slot[3:])]
     return any(
         set(target) - set(source) and (not dim or rule.kinds[dim[0]] == "blocked")
-        for (source, target), dim in zip(pairs, dims, strict=True)
+        for source, target, dim in zip(
+            reshard.source, reshard.target, dims, strict=True
+        )
     )
 
 
@@ -142,7 +149,7 @@ def _hold(sharded: ShardedProgram, pinned: _Pins) -> None:
     program = sharded.traced.program
     moves: dict[int, dict[tuple[str, str], Reshard]] = {}
     for reshard in sharded.reshards:
-        if reshard.op != OUTPUT and reshard.slot.startswith("in"):
+        if reshard.op != OUTPUT and reshard.slot.startswith("in") and _leaves(reshard):
             at = program.ops[reshard.op].address, reshard.slot
             moves.setdefault(reshard.value, {})[at] = reshard
     others: dict[int, tuple[str, str]] = {}

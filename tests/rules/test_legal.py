@@ -45,10 +45,6 @@ CAREFUL = {
         "ijkl",
         GROUPS,
     ),
-    ("select_and_scatter_add", "i j, i j -> i j {i=4 j=24} blocked j"): (
-        "j",
-        "XLA's partitioner computes windows that overlap wrongly",
-    ),
     "i j k, i l m -> i n o {i=3 j=6 k=4 l=6 m=6 n=6 o=6} blocked j k l m n o": (
         "k",
         "the symmetric matrix that is added would count once per piece",
