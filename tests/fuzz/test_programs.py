@@ -13,18 +13,16 @@ from fuzz.shrink import shrink
 PARTS, EACH = 6, 50
 
 
-def fails(case: Case) -> bool:
-    """Whether a case fails on its own."""
-    [verdict] = check([case])
-    return verdict.wrong
-
-
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", DRAWN)
 def test_sharded_equals_unsharded_and_propagation_keeps_its_laws(part):
     verdicts = check(drawn(part, EACH))
     for verdict in verdicts:
         if verdict.wrong:
-            small = shrink(verdict.case, fails, tries=150)
+            small = shrink(
+                verdict.case,
+                lambda case, kind=verdict.kind: check([case])[0].kind == kind,
+                tries=150,
+            )
             [again] = check([small])
             pytest.fail(
                 "\n".join([*verdict.failures, "smaller:", *again.failures])
