@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,18 +84,6 @@ class Verdict:
         """Whether autoshard is to blame."""
         return bool(self.failures) and not self.noisy and not self.defect
 
-    @property
-    def kind(self) -> str:
-        """What kind of failure it is, without numbers and names; empty if none."""
-        if not self.wrong:
-            return ""
-        first = self.failures[0]
-        found = next((words for words in KINDS if words in first), "")
-        return found or re.sub(r"[0-9]+", "#", first)[:60]
-
-
-KINDS = ("differs by", " lies as ", "when that is fixed", "in another order")
-"""Words that tell one kind of failure from another."""
 
 DEFECTS = {
     "fft_thunk.cc": "the CPU's FFT refuses the layout that a collective asks of it",

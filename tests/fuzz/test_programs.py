@@ -19,7 +19,7 @@ def fails(case: Case) -> bool:
     return verdict.wrong
 
 
-OPEN = {part: "one of its programs fails; the cause is open" for part in (1, 3)}
+OPEN = dict.fromkeys((1, 3), "one of its programs fails; the cause is open")
 """Parts that fail today. What is seen in such programs: XLA shards a value between two
 pins otherwise than planned, and a plan changes when what it found is fixed."""
 
