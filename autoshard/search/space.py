@@ -96,6 +96,9 @@ def _divisors(n: int) -> list[int]:
 def meshes(strategy: Strategy, cluster: Cluster) -> np.ndarray:
     """All meshes of a strategy on a cluster, int64[mesh, axis].
 
+    A strategy that says over which axes parameters are stored is not fulfilled where
+    these have one device: such meshes are left out if there are others.
+
     Raises:
         InfeasibleError: The fixed sizes do not multiply to the number of chips.
     """
@@ -120,7 +123,12 @@ def meshes(strategy: Strategy, cluster: Cluster) -> np.ndarray:
             f"completed to the {chips} chips of {cluster.name}; leave an axis 'auto' "
             "or choose sizes whose product is the number of chips."
         )
-    return np.array(rows, dtype=np.int64)
+    found = np.array(rows, dtype=np.int64)
+    if not strategy.storage.params or strategy.storage.params == "auto":
+        return found
+    stored = [AXES.index(a) for a in strategy.storage.params]
+    spread = found[:, stored].prod(axis=1) > 1
+    return found[spread] if spread.any() else found
 
 
 def microbatches(strategy: Strategy, batch: int, cuttable: bool) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import numpy as np
 from fuzz.build import Built, build, strategy_of
 from fuzz.describe import Case, nodes_of
 from fuzz.laws import again, any_order
-from fuzz.ops_names import unconstrained
+from fuzz.ops_names import asks, unconstrained, without_constraints
 from jax.extend import core
 from jax.sharding import NamedSharding
 
@@ -65,7 +66,7 @@ class Verdict:
         worst: The largest difference, in units of what is allowed.
         noisy: The results differ no more than rounding the inputs makes them differ.
         defect: A known defect of XLA, for which nothing here is to blame.
-        dropped: Rules that were emptied because a dim did not divide.
+        dropped: What was no longer asked for because a dim did not divide.
         moves: Collectives of the plan.
         pins: Pinned values whose sharding XLA was asked for.
     """
@@ -84,6 +85,18 @@ class Verdict:
         """Whether autoshard is to blame."""
         return bool(self.failures) and not self.noisy and not self.defect
 
+    @property
+    def kind(self) -> str:
+        """What kind of failure it is, without numbers and names; empty if none."""
+        if not self.wrong:
+            return ""
+        first = self.failures[0]
+        found = next((words for words in KINDS if words in first), "")
+        return found or re.sub(r"[0-9]+", "#", first)[:60]
+
+
+KINDS = ("differs by", " lies as ", "when that is fixed", "in another order")
+"""Words that tell one kind of failure from another."""
 
 DEFECTS = {
     "fft_thunk.cc": "the CPU's FFT refuses the layout that a collective asks of it",
@@ -97,7 +110,8 @@ def _traced_once() -> Iterator[None]:
     known: dict[Any, Any] = {}
 
     def once(fn: Any, args: Any, **options: Any) -> Any:
-        key = (getattr(fn, "microbatches", 0), len(args), repr(options))
+        function, pieces = getattr(fn, "loss_fn", fn), getattr(fn, "microbatches", 0)
+        key = (function, pieces, len(args), repr(options))
         if key not in known:
             known[key] = trace(fn, args, **options)
         return known[key]
@@ -112,7 +126,7 @@ def _traced_once() -> Iterator[None]:
 def prepare(case: Case) -> Ready:
     """Plans a case.
 
-    Where a dim does not divide, half of the rules that are left are emptied.
+    Where a dim does not divide, which search refuses, less and less is asked for.
     """
     built = build(case)
     cluster = ash.cluster(f"cpu:{case.chips}")
@@ -134,18 +148,28 @@ def prepare(case: Case) -> Ready:
                 )
                 break
             except InfeasibleError:
-                full = [name for name, axes in kept.rules.items() if axes]
-                if any(kept.storage.values()):
-                    kept = replace(kept, storage={})
-                    dropped.append("storage")
-                elif full:
-                    gone = full[len(full) // 2 :]
-                    kept = replace(kept, rules={**kept.rules, **{n: [] for n in gone}})
-                    dropped += gone
-                else:
+                kept = _with_less(kept, dropped)
+                if kept is None:
                     raise
+                built = build(kept)
         parallel = ash.parallelize(built.fn, plan, *built.given)
     return Ready(case, built, plan, parallel, tuple(dropped), seen[-1])
+
+
+def _with_less(case: Case, dropped: list[str]) -> Case | None:
+    """The case with fewer wishes: storage first, then rules, then constraints."""
+    full = [name for name, axes in case.rules.items() if axes]
+    if any(case.storage.values()):
+        dropped.append("storage")
+        return replace(case, storage={})
+    if full:
+        gone = full[len(full) // 2 :]
+        dropped += gone
+        return replace(case, rules={**case.rules, **{name: [] for name in gone}})
+    if asks(case.body):
+        dropped.append("constraints")
+        return replace(case, body=without_constraints(case.body))
+    return None
 
 
 def check(cases: Sequence[Case], *, together: int = 12) -> list[Verdict]:
@@ -235,7 +259,7 @@ def run_together(ready: Sequence[Ready]) -> list[Verdict]:
 
 def _plain(ready: Ready, args: Any) -> Any:
     """The function as it was traced, as to trace it again would take as long."""
-    if any(node.op == "constrain" for node in nodes_of(ready.case.body)):
+    if asks(ready.case.body):
         with unconstrained():
             return ready.built.fn(*args)
     traced = ready.sharded.traced
@@ -362,7 +386,9 @@ def _watched(ready: Sequence[Ready]) -> Iterator[list[Seen]]:
 
         def place_and_ask(address: str, slot: str, value: Any) -> Any:
             value = place(address, slot, value)
-            if (address, slot) in pinned and isinstance(value, jax.Array):
+            # XLA lays out what has no elements as it likes.
+            array = isinstance(value, jax.Array)
+            if array and value.size and (address, slot) in pinned:
                 here, rank = found[address, slot], value.ndim
                 jax.debug.inspect_array_sharding(
                     value, callback=lambda sharding: here.append((sharding, rank))

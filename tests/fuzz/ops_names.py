@@ -6,8 +6,10 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 
 import jax
+from fuzz.describe import Body, Node, nodes_of
 from fuzz.kit import Kit, Skip, draws, runs
 from fuzz.ops_move import like, some_value
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
@@ -78,8 +80,11 @@ def _constrain(kit: Kit) -> None:
 def _constrain_run(
     x: jax.Array, *, dims: list[list[str] | None], mesh: dict[str, int], alias: bool
 ) -> jax.Array:
-    if _plain.get():
+    if _plain.get() or not any(dims):
         return x
+    for n, dim in zip(x.shape, dims, strict=True):
+        if n % math.prod(mesh[a] for a in dim or ()):
+            raise ValueError(f"{dim} does not divide a dim of size {n}")
     called = {a: _ALIASES.get(a, a) if alias else a for a in mesh}
     types = (AxisType.Auto,) * len(mesh)
     users = AbstractMesh(tuple(mesh.values()), tuple(called.values()), axis_types=types)
@@ -89,3 +94,26 @@ def _constrain_run(
     ]
     sharding = NamedSharding(users, PartitionSpec(*spec))
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def asks(body: Body) -> bool:
+    """Whether some constraint of a program asks for something."""
+    return any(
+        any(node.params["dims"]) for node in nodes_of(body) if node.op == "constrain"
+    )
+
+
+def without_constraints(body: Body) -> Body:
+    """The same program with constraints that ask for nothing."""
+
+    def less(node: Node) -> Node:
+        params = dict(node.params)
+        if node.op == "constrain":
+            params["dims"] = [None] * len(params["dims"])
+        if "body" in params:
+            params["body"] = without_constraints(params["body"])
+        if "branches" in params:
+            params["branches"] = [without_constraints(b) for b in params["branches"]]
+        return replace(node, params=params)
+
+    return replace(body, nodes=tuple(less(node) for node in body.nodes))

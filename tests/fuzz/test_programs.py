@@ -6,17 +6,11 @@ from collections import Counter
 
 import pytest
 from fuzz.check import check
-from fuzz.describe import Case, from_json, nodes_of, to_json
+from fuzz.describe import from_json, nodes_of, to_json
 from fuzz.generate import FAMILIES, drawn
 from fuzz.shrink import shrink
 
 PARTS, EACH = 6, 50
-
-
-def fails(case: Case) -> bool:
-    """Whether a case fails on its own."""
-    [verdict] = check([case])
-    return verdict.wrong
 
 
 OPEN = dict.fromkeys((1, 3), "one of its programs fails; the cause is open")
@@ -34,7 +28,11 @@ def test_sharded_equals_unsharded_and_propagation_keeps_its_laws(part):
     verdicts = check(drawn(part, EACH))
     for verdict in verdicts:
         if verdict.wrong:
-            small = shrink(verdict.case, fails, tries=150)
+            small = shrink(
+                verdict.case,
+                lambda case, kind=verdict.kind: check([case])[0].kind == kind,
+                tries=150,
+            )
             [again] = check([small])
             pytest.fail(
                 "\n".join([*verdict.failures, "smaller:", *again.failures])

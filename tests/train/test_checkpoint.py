@@ -1,3 +1,4 @@
+import gc
 import json
 import subprocess
 import sys
@@ -147,6 +148,8 @@ def test_data_that_cannot_be_decoded_is_damage_too(tmp_path, flip_data):
     assert run.restore(abstract(state_of(0))).step == 1
     run.close()
     assert f"{tmp_path / '2'} is damaged" in lines[0]
+    del run
+    gc.collect()  # now, where they are expected, and not within a later test
 
 
 def test_a_save_that_fails_is_an_error(tmp_path):
