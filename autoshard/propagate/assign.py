@@ -275,9 +275,26 @@ class _Propagation(Decisions):
                 continue
             spec = self.specs[value]
             assert spec is not None
-            target = self.specs[self.program.inputs[source]] if source >= 0 else spec
+            if source >= 0:
+                target = self.specs[self.program.inputs[source]]
+            else:
+                target = self._divided(value, spec)
             assert target is not None
             if spec != target and value not in self.free:
                 self.reshards.append(
                     Reshard(OUTPUT, f"out{k}", value, spec, (), target)
                 )
+
+    def _divided(self, value: int, spec: Dims) -> Dims:
+        """A result's spec without the axes that do not divide it: JAX pads no result."""
+        shape, size = self.program.values[value].shape, self.layout.size
+        target = tuple(
+            dim if n % size(dim) == 0 else ()
+            for n, dim in zip(shape, spec, strict=True)
+        )
+        if target != spec:
+            self.wants.notes[
+                f"a result of shape {shape} is gathered at the end: it does not divide "
+                f"over {'+'.join(a for dim in spec for a in dim)}"
+            ] = None
+        return target

@@ -130,6 +130,7 @@ class Decisions:
             slot = op.inputs.index(most)
             axes = factors_from(rule, rule.operands[slot], self.stored[most])
             result_stored = runs_with(rule, slot, self.stored[most])
+            result_stored = result_stored and self._divides(rule, axes)
             if not result_stored:
                 axes = self._op_axes(op, rule)
         else:
@@ -148,6 +149,14 @@ class Decisions:
             pins.append("out0")
         return Outcome(
             axes, tuple(specs), tuple(kept), tuple(free), tuple(reshards), tuple(pins)
+        )
+
+    def _divides(self, rule: FactorRule, axes: Dims) -> bool:
+        """Whether what is stored divides further on, too, where sizes are known."""
+        return all(
+            rule.sizes[f] % self.layout.size(wanted) == 0
+            for f, wanted in enumerate(axes)
+            if wanted
         )
 
     def _barrier(self, op: Op, rule: FactorRule) -> Outcome:

@@ -42,9 +42,15 @@ def gradient_targets(
     met = _optimizer_ops(program, rules, stored)
     inputs = set(program.inputs)
     ways_back: dict[tuple[int, Dims], tuple[Dims, ...]] = {}
+
+    def ask(value: int, dims: Dims) -> None:
+        if dims != plain_dims(value, dims):
+            # Of what several ops ask, the same is taken in whatever order they come.
+            targets[value] = max(dims, targets.get(value, dims), key=_most)
+
     for op, rule in zip(reversed(program.ops), reversed(rules), strict=True):
         if op.primitive == "autoshard_annotate" and op.params["role"]:
-            targets.setdefault(op.inputs[0], gradient_dims(op))
+            ask(op.inputs[0], gradient_dims(op))
             continue
         wanted = targets.get(op.outputs[0]) or met.get(op.index)
         if wanted is None or rule.op_kind not in ("elementwise", "move", "link"):
@@ -59,8 +65,12 @@ def gradient_targets(
             back = ways_back[key] = _back(rule, wanted)
         for value, dims in zip(op.inputs, back, strict=False):
             if value >= 0 and dims and value not in inputs:
-                targets.setdefault(value, dims)
-    return {v: dims for v, dims in targets.items() if dims != plain_dims(v, dims)}
+                ask(value, dims)
+    return targets
+
+
+def _most(dims: Dims) -> tuple[int, Dims]:
+    return sum(len(dim) for dim in dims), dims
 
 
 def _back(rule: FactorRule, wanted: Dims) -> tuple[Dims, ...]:

@@ -23,7 +23,7 @@ from autoshard.plan.schema import (
     Strategy,
     TensorPlan,
 )
-from autoshard.plan.sharded import Layout, ShardedProgram
+from autoshard.plan.sharded import OUTPUT, Layout, ShardedProgram
 from autoshard.propagate import propagate
 from autoshard.search.pins import constraints
 from autoshard.search.reading import classes_of, read
@@ -132,12 +132,15 @@ def _tensors(sharded: ShardedProgram) -> list[TensorPlan]:
 
 def _outputs(sharded: ShardedProgram) -> list[Spec]:
     program = sharded.traced.program
+    moved = {r.slot: r.target for r in sharded.reshards if r.op == OUTPUT}
     found = []
-    for value, source in zip(program.outputs, sharded.traced.out_source, strict=True):
+    pairs = zip(program.outputs, sharded.traced.out_source, strict=True)
+    for k, (value, source) in enumerate(pairs):
         if source >= 0:
             found.append(Spec(sharded.specs[program.inputs[source]]))
         else:
-            found.append(Spec(sharded.specs[value] if value >= 0 else ()))
+            spec = sharded.specs[value] if value >= 0 else ()
+            found.append(Spec(moved.get(f"out{k}", spec)))
     return found
 
 
