@@ -286,7 +286,7 @@ class _Propagation(Decisions):
                 )
 
     def _divided(self, value: int, spec: Dims) -> Dims:
-        """A result's spec without the axes that do not divide it: JAX pads no result."""
+        """A result's spec without axes that do not divide it, as JAX pads no result."""
         shape, size = self.program.values[value].shape, self.layout.size
         target = tuple(
             dim if n % size(dim) == 0 else ()

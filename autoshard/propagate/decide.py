@@ -21,6 +21,9 @@ from autoshard.rules import FactorRule
 _INWARDS = ("slice", "carry_out", "branch_in")
 """Links whose target takes the spec of its source."""
 
+_WHATEVER = frozenset({"data", "elementwise", "link", "move"})
+"""Kinds of op that the partitioner divides rightly along any dim."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -285,7 +288,11 @@ class Decisions:
         reshards = []
         role = self.sums.role.get(op.index)
         for k, (value, dims) in enumerate(zip(op.inputs, rule.operands, strict=True)):
-            if value < 0 or value in self.free or (given is None and not dims):
+            if value < 0 or (given is None and not dims):
+                continue
+            if value in self.free:
+                if rule.op_kind not in _WHATEVER and _needs_whole(rule, dims):
+                    pins.append(f"in{k}")
                 continue
             needed = spec_of(dims, axes) if given is None else given
             if role is not None and role.whole == k:
@@ -299,3 +306,16 @@ class Decisions:
                 # and moves them instead of the much smaller partial sums.
                 pins.append(f"in{k}")
         return reshards
+
+
+def _needs_whole(rule: FactorRule, dims: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether an operand may not be divided along some dim that is longer than one.
+
+    Constants lie as the partitioner likes, but not where it would then divide an op
+    along a dim that the rule says each device needs whole.
+    """
+    return any(
+        rule.kinds[dim[0]] == "blocked" and rule.sizes[dim[0]] > 1
+        for dim in dims
+        if dim
+    )

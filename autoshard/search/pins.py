@@ -44,9 +44,13 @@ def constraints(
             pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
     _pin_foreign(sharded, pinned)
     for index, slot in sharded.pins:
-        side = ops[index].inputs if slot.startswith("in") else ops[index].outputs
-        value = side[int(slot.removeprefix("in").removeprefix("out"))]
-        pinned.setdefault((ops[index].address, slot), sharded.specs[value])
+        k = int(slot.removeprefix("in").removeprefix("out"))
+        if slot.startswith("in"):
+            rule = sharded.classes.rules[index]
+            spec = spec_of(rule.operands[k], sharded.factor_axes[index])
+        else:
+            spec = sharded.specs[ops[index].outputs[k]]
+        pinned.setdefault((ops[index].address, slot), spec)
     _guard(sharded, pinned)
     _hold(sharded, pinned)
 

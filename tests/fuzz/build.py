@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from fuzz.describe import Array, Case
+from fuzz.describe import Array, Case, floating
 from fuzz.ops_structure import loss_of, run_body
 
 import autoshard as ash
@@ -37,8 +37,8 @@ def numbers(array: Array, rng: np.random.Generator) -> Any:
         return jax.random.key(int(rng.integers(1 << 16)))
     if array.dtype == "int32":
         return rng.integers(0, array.below, array.shape, np.int32)
-    assert array.dtype == "float32", array
-    return rng.uniform(-1.5, 1.5, array.shape).astype(np.float32)
+    assert floating(array), array
+    return rng.uniform(-1.5, 1.5, array.shape).astype(array.dtype)
 
 
 def build(case: Case) -> Built:
@@ -61,7 +61,7 @@ def build(case: Case) -> Built:
     floats = {
         f"w{k}": x
         for k, (x, a) in enumerate(zip(state, case.body.inputs, strict=False))
-        if a.dtype == "float32"
+        if floating(a)
     }
 
     def loss(params: dict[str, Any], batch: dict[str, Any]) -> Any:

@@ -27,6 +27,12 @@ class Array:
     below: int = 0
 
 
+def floating(x: Any) -> bool:
+    """Whether an array or a dtype's name is of floats: 64 bits in a case made wide."""
+    dtype = getattr(x, "dtype", x)
+    return str(dtype) in ("float32", "float64")
+
+
 @dataclass(frozen=True)
 class Node:
     """One op.

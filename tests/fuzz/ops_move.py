@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from fuzz.describe import floating
 from fuzz.kit import Kit, Skip, Value, draws, runs
 from jax import lax
 
@@ -144,7 +145,7 @@ def _iota_run(*, shape: list[int], axis: int) -> jax.Array:
 def _constant_run(*, shape: list[int], dtype: str) -> jax.Array:
     """What takes the place of an op in a program that is made smaller."""
     count = lax.iota(jnp.int32, max(math.prod(shape), 1)).reshape(shape)
-    return lax.cos(count.astype(dtype)) if dtype == "float32" else count % 2
+    return lax.cos(count.astype(dtype)) if floating(dtype) else count % 2
 
 
 @draws("slice")

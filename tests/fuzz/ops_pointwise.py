@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from fuzz.describe import floating
 from fuzz.kit import Kit, Skip, Value, draws, runs
 from jax import lax
 
@@ -188,8 +189,8 @@ def _bits(kit: Kit) -> None:
 
 @runs
 def _bits_run(x: jax.Array, *, fn: str) -> jax.Array:
-    if x.dtype == jnp.float32:
-        x = lax.bitcast_convert_type(x, jnp.int32)
+    if floating(x):
+        x = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     made = {"population_count": lax.population_count, "clz": lax.clz, "not": ~x}[fn]
     made = made if fn == "not" else made(x)
     return lax.bitwise_and(made, jnp.full_like(made, 3))
@@ -203,7 +204,8 @@ def _convert(kit: Kit) -> None:
 
 @runs
 def _convert_run(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if x.dtype == bool else x.astype(jnp.float32) / 4 - 1
+    wide = x.astype(jnp.result_type(float))
+    return wide if x.dtype == bool else wide / 4 - 1
 
 
 @draws("elementwise")

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from fuzz.describe import Body
+from fuzz.describe import Body, floating
 from fuzz.kit import RUNS, Kit, Skip, Value, draws, runs
 from jax import lax
 
@@ -26,7 +26,7 @@ def run_body(body: Body, args: Sequence[Any]) -> list[Any]:
         results = list(results) if isinstance(results, tuple | list) else [results]
         assert len(results) == node.count, node
         if node.scale != 1:
-            results = [r * node.scale if r.dtype == jnp.float32 else r for r in results]
+            results = [r * node.scale if floating(r) else r for r in results]
         made += results
     return [read(index) for index in body.outputs]
 
@@ -130,10 +130,10 @@ def _grad(kit: Kit) -> None:
 
 def loss_of(outputs: Sequence[Any]) -> Any:
     """A number that depends on all floats, each about equally."""
-    total = jnp.float32(0)
+    total = jnp.zeros((), float)
     for out in outputs:
-        if out.dtype == jnp.float32:
-            total += jnp.sum(jnp.sin(out)) / jnp.sqrt(jnp.float32(out.size))
+        if floating(out):
+            total += jnp.sum(jnp.sin(out)) / jnp.sqrt(jnp.asarray(out.size, float))
     return total
 
 
@@ -158,7 +158,7 @@ def _jvp(kit: Kit) -> None:
 
 @runs
 def _jvp_run(*args: Any, body: Body) -> list[Any]:
-    floats = [k for k, a in enumerate(args) if a.dtype == jnp.float32]
+    floats = [k for k, a in enumerate(args) if floating(a)]
 
     def fn(*xs: Any) -> list[Any]:
         given = dict(zip(floats, xs, strict=True))

@@ -13,17 +13,7 @@ from fuzz.shrink import shrink
 PARTS, EACH = 6, 50
 
 
-OPEN = dict.fromkeys((1, 3), "one of its programs fails; the cause is open")
-"""Parts that fail today. What is seen in such programs: XLA shards a value between two
-pins otherwise than planned, and a plan changes when what it found is fixed."""
-
-DRAWN = [
-    pytest.param(k, marks=pytest.mark.xfail(reason=OPEN[k])) if k in OPEN else k
-    for k in range(PARTS)
-]
-
-
-@pytest.mark.parametrize("part", DRAWN)
+@pytest.mark.parametrize("part", range(PARTS))
 def test_sharded_equals_unsharded_and_propagation_keeps_its_laws(part):
     verdicts = check(drawn(part, EACH))
     for verdict in verdicts:
