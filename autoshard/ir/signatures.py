@@ -18,7 +18,7 @@ from autoshard.ir.values import Op, Program
 Ints = np.ndarray
 """int64, or bool where a mask is meant."""
 
-_IGNORED = {
+IGNORED = {
     "autoshard_annotate": frozenset({"path"}),
     "name": frozenset({"name"}),
     "slice": frozenset({"start_indices", "limit_indices"}),
@@ -209,7 +209,7 @@ def _primitives(ops: tuple[Op, ...]) -> Ints:
             found.append(known)
             continue
         if name not in plain:
-            plain[name] = name not in _IGNORED and all(map(_is_plain, params.values()))
+            plain[name] = name not in IGNORED and all(map(_is_plain, params.values()))
         key: tuple[Any, ...]
         try:
             if plain[name]:
@@ -238,7 +238,7 @@ def _careful(op: Op, texts: dict[int, str]) -> tuple[Any, ...]:
 
     A jaxpr equals only itself, so it is compared as printed, once for each.
     """
-    ignored = _IGNORED.get(op.primitive, frozenset())
+    ignored = IGNORED.get(op.primitive, frozenset())
     key: list[Any] = [op.primitive]
     for name, param in op.params.items():
         if name in ignored:

@@ -189,14 +189,14 @@ class _Propagation(Decisions):
     def _odd_ops(self) -> set[int]:
         """Ops of which an outcome hangs on more than what they are and see."""
         program, rules = self.program, self.classes.rules
-        if self.classes.fixed.dims or self.wants.manual:
-            return set(range(len(program.ops)))
         some = {id(rule): i for i, rule in enumerate(rules)}
-        gaps = {
+        self.gaps = gaps = {
             number
             for number, i in some.items()
             if _has_gaps(program, program.ops[i], rules[i])
         }
+        if self.classes.fixed.dims or self.wants.manual:
+            return set(range(len(program.ops)))
         odd = {i for i, rule in enumerate(rules) if id(rule) in gaps}
         odd.update(self.sums.role)
         odd.update(program.values[v].producer for v in self.targets)
@@ -222,7 +222,7 @@ class _Propagation(Decisions):
                 more += [v - op.outputs[0], targets[v]]
         if self.wants.manual and op.region in self.wants.manual:
             more.append("manual")
-        if _has_gaps(self.program, op, rule):  # what is wanted there, no factor tells
+        if id(rule) in self.gaps:  # what is wanted there, no factor tells
             more += [self.wants.wish_of_value[v] for v in op.outputs]
             more += [self.program.values[v].shape for v in op.outputs]
         if op.primitive == "autoshard_annotate" and op.params["role"]:

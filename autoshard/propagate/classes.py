@@ -60,7 +60,9 @@ def find_classes(
     """
     program = traced.program
     opted = frozenset(replicate)
-    rules = rules_of(program, opted)
+    rules = rules_of(
+        program, opted, representative=traced.blocks.representative.tolist()
+    )
     edges = DimGraph(program, rules)
     labels = edges.components()
     of_value = Ragged(labels, edges.starts)
@@ -117,12 +119,13 @@ class DimGraph:
                 if v < 0:
                     mask |= 1 << k
             grouped[id(rules[op.index]), mask, len(op.inputs)].append(op.index)
-        self.groups = list(grouped.values())
+        self.groups = [
+            (np.array(group, dtype=np.int64), *self._slots(group))
+            for group in grouped.values()
+        ]
 
-    def slots(
-        self, group: list[int]
-    ) -> tuple[FactorRule, Ints, list[list[tuple[int, int]]]]:
-        """The rule of a group, its values int[op, slot], and per factor the dims."""
+    def _slots(self, group: list[int]) -> tuple[Ints, list[list[tuple[int, int]]]]:
+        """The values of a group, int[op, slot], and per factor its dims."""
         ops = self.program.ops
         rule = self.rules[group[0]]
         values = np.array(
@@ -136,14 +139,12 @@ class DimGraph:
             for d, dim in enumerate(dims):
                 if dim:
                     places[dim[0]].append((slot, d))
-        return rule, values, places
+        return values, places
 
     def edges(self) -> tuple[Ints, Ints, Ints]:
         """`(node, node, op)` for every pair of dims that an op ties."""
         left, right, which = [], [], []
-        for group in self.groups:
-            _, values, places = self.slots(group)
-            ops = np.array(group, dtype=np.int64)
+        for ops, values, places in self.groups:
             for dims in places:
                 if len(dims) < 2:
                     continue
@@ -177,9 +178,8 @@ class DimGraph:
         )
         starts = np.concatenate([[0], np.cumsum(counts)])
         flat = np.full(int(starts[-1]), -1, dtype=np.int64)
-        for group in self.groups:
-            _, values, places = self.slots(group)
-            begin = starts[np.array(group, dtype=np.int64)]
+        for ops, values, places in self.groups:
+            begin = starts[ops]
             for f, dims in enumerate(places):
                 if dims:
                     slot, d = dims[0]

@@ -44,16 +44,22 @@ def gradient_targets(
     ways_back: dict[tuple[int, Dims], tuple[Dims, ...]] = {}
 
     def ask(value: int, dims: Dims) -> None:
-        if dims != plain_dims(value, dims):
+        have = targets.get(value)
+        if have is None:
+            if dims != plain_dims(value, dims):
+                targets[value] = dims
+        elif have != dims and dims != plain_dims(value, dims):
             # Of what several ops ask, the same is taken in whatever order they come.
-            targets[value] = max(dims, targets.get(value, dims), key=_most)
+            targets[value] = max(have, dims, key=_most)
 
     for op, rule in zip(reversed(program.ops), reversed(rules), strict=True):
         if op.primitive == "autoshard_annotate" and op.params["role"]:
             ask(op.inputs[0], gradient_dims(op))
             continue
+        if rule.op_kind not in ("elementwise", "move", "link"):
+            continue
         wanted = targets.get(op.outputs[0]) or met.get(op.index)
-        if wanted is None or rule.op_kind not in ("elementwise", "move", "link"):
+        if wanted is None:
             continue
         if op.primitive == BARRIER:
             continue

@@ -86,12 +86,12 @@ def find_edges(
     """
     found: list[tuple[Ints, Ints, Ints, bool]] = []
     masks: dict[Dims, list[int]] = {}
-    for group in graph.groups:
-        rule, values, places = graph.slots(group)
+    for group, values, places in graph.groups:
+        rule = graph.rules[group[0]]
         if not rule.sizes:
             continue
         rows = []
-        for i in group:
+        for i in group.tolist():
             axes = factor_axes[i]
             row = masks.get(axes)
             if row is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from autoshard.ir.errors import RuleMissingError
 from autoshard.ir.program import Op, Program
+from autoshard.ir.signatures import IGNORED
 from autoshard.rules.core import FactorRule, Factors, RuleContext, Shape
 
 RuleFn = Callable[[RuleContext], FactorRule]
@@ -144,13 +145,18 @@ def _params(program: Program, op: Op, entry: Entry) -> tuple[Any, ...]:
 
 
 def rules_of(
-    program: Program, replicate: AbstractSet[str] = frozenset()
+    program: Program,
+    replicate: AbstractSet[str] = frozenset(),
+    *,
+    representative: Sequence[int] = (),
 ) -> tuple[FactorRule, ...]:
     """The factor rule of every op, in their order; equal rules are one object.
 
     Args:
         program: The program.
         replicate: Primitives without a rule that every device may compute whole.
+        representative: Per op an earlier one, or itself, that has the same rule, as
+            `autoshard.ir.ties.find_blocks` finds them; nothing is known if empty.
 
     Raises:
         RuleMissingError: A primitive has no rule.
@@ -164,7 +170,12 @@ def rules_of(
     """
     values, rules, built = program.values, _RULES, _built
     found: list[FactorRule] = []
-    for op in program.ops:
+    for op, first in zip(
+        program.ops, representative or range(len(program.ops)), strict=True
+    ):
+        if first < op.index and op.primitive not in IGNORED:
+            found.append(found[first])
+            continue
         entry = rules.get(op.primitive)
         if entry is None:
             found.append(rule_of(program, op, replicate))

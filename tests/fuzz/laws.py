@@ -9,6 +9,7 @@ from typing import Any
 
 from autoshard.ir.program import Program
 from autoshard.ir.seeds import Seed
+from autoshard.ir.ties import find_blocks
 from autoshard.ir.trace import Traced
 from autoshard.plan.sharded import ShardedProgram
 from autoshard.propagate import find_classes, propagate
@@ -102,7 +103,8 @@ def reordered(traced: Traced, rng: random.Random) -> Reordered:
         outputs=moved(program.outputs),
     )
     seeds = tuple(replace(s, value=value_at[s.value]) for s in traced.seeds)
-    return Reordered(replace(traced, program=changed, seeds=seeds), value_at, op_at)
+    found = replace(traced, program=changed, seeds=seeds, blocks=find_blocks(changed))
+    return Reordered(found, value_at, op_at)
 
 
 def _order(program: Program, rng: random.Random) -> list[int]:
