@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import autoshard.report  # noqa: F401 - registers how a plan is printed
 from autoshard.api import (
+    check_rules,
     cluster,
     load_plan,
     load_strategy,
@@ -43,6 +44,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "annotate",
+    "check_rules",
     "cluster",
     "load_plan",
     "load_strategy",

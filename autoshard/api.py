@@ -29,6 +29,7 @@ from flax import nnx
 from autoshard import models
 from autoshard.ir.annotations.paths import SpecMap
 from autoshard.ir.errors import InputError, NameUnknownError
+from autoshard.ir.trace import trace
 from autoshard.ir.train_step import TrainStep, train_step
 from autoshard.lower import ParallelFunction, ParallelStep, parallelize
 from autoshard.plan.cluster import Cluster, cluster
@@ -42,6 +43,8 @@ from autoshard.plan.files import (
 )
 from autoshard.plan.schema import ModelRef, Plan, Strategy
 from autoshard.rules import register_rule
+from autoshard.rules.check import check_rule
+from autoshard.rules.registry import rules_of
 from autoshard.search import search_plans
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -314,6 +317,34 @@ def search(
 _cluster = cluster
 
 
+def check_rules(fn: Callable[..., Any], *abstract_args: Any) -> tuple[str, ...]:
+    """Holds the factor rule of every op of a function against what the op computes.
+
+    Each op is run whole and in pieces, on random numbers; a rule is right if the pieces
+    joined are the whole. Do this once for a rule given to `register_rule`.
+
+    Args:
+        fn: A `TrainStep`, or any function.
+        *abstract_args: Its arguments, arrays or `jax.ShapeDtypeStruct`s; small ones.
+
+    Returns:
+        What could not be tried, and why; empty if all was.
+
+    Raises:
+        InputError: A rule is wrong; the message says where and how.
+        RuleMissingError: A primitive of the function has no factor rule.
+
+    >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
+    >>> check_rules(lambda w, x: jax.nn.relu(x @ w).sum(0), w, x)
+    ()
+    """
+    program = trace(fn, abstract_args).program
+    rules = rules_of(program)
+    once = {(op.primitive, id(rules[op.index])): op for op in program.ops}
+    skipped = [check_rule(program, op, rules[op.index]) for op in once.values()]
+    return tuple(dict.fromkeys(reason for each in skipped for reason in each))
+
+
 def model_names() -> list[str]:
     """Names of the models of the zoo.
 
@@ -334,6 +365,7 @@ __all__ = [
     "Resolved",
     "Strategy",
     "TrainStep",
+    "check_rules",
     "check_writable",
     "cluster",
     "cluster_names",

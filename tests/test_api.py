@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from helpers.equality import pinned
+from jax.experimental import pallas as pl
 
 import autoshard as ash
 from autoshard import api
@@ -463,3 +464,36 @@ def test_flax_layers_without_names_equal_single_device(strategy, mesh, compute):
     # Biases and scales are small: gathered where they are used. Were activations moved
     # to meet their storage specs instead, there would be all-to-alls.
     assert "all_to_all" not in {c.kind for c in plan.predicted.collectives}
+
+
+# -- rules ---------------------------------------------------------------------------
+
+
+def test_rules_of_a_function_are_held_against_what_it_computes():
+    w, x = jnp.ones((4, 6)), jnp.ones((8, 4))
+
+    def layer(w, x):
+        return jax.nn.softmax(jnp.sort(x @ w, axis=1)).sum(0)
+
+    assert ash.check_rules(layer, w, x) == ()
+    assert ash.check_rules(lambda k: jax.random.normal(k, (4,)), jax.random.key(0))
+
+
+def test_a_wrong_rule_of_a_users_kernel_is_found(monkeypatch):
+    def running_sum(x):
+        def kernel(x_ref, out_ref):
+            out_ref[:] = jnp.cumsum(x_ref[:], axis=1)
+
+        return pl.pallas_call(
+            kernel, jax.typeof(x), interpret=True, name="api_running_sum"
+        )(x)
+
+    module = sys.modules["autoshard.rules.foreign"]  # the package has a function so
+    monkeypatch.setattr(module, "_PATTERNS", {})
+    monkeypatch.setattr(module, "_CALLS", {})
+    x = jnp.ones((4, 8))
+    ash.register_rule("api_running_sum", "b s -> b s; blocked s", call=running_sum)
+    assert ash.check_rules(running_sum, x) == ()
+    ash.register_rule("api_running_sum", "b s -> b s", call=running_sum)
+    with pytest.raises(InputError, match=r"'api_running_sum' at .*test_api\.py.*wrong"):
+        ash.check_rules(running_sum, x)

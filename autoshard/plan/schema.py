@@ -92,7 +92,8 @@ class Strategy(Record):
         schedule: See `Schedule`.
         specs: Regular expression over parameter paths to mesh axes per dim: the first
             that matches fixes the parameter. An entry is an axis, a list of axes, `""`
-            for a dim that stays whole, `"*"` for one that is left open.
+            for a dim that stays whole, `"*"` for one that is left open, `"..."` at the
+            end for all that follow whole.
         aliases: Canonical axis per name that the program gives a mesh axis, beyond
             the well-known ones (`tp`, `dp`, ...).
         replicate: Primitives without a factor rule that every device may compute
@@ -186,8 +187,9 @@ class Strategy(Record):
 
 
 def _entries(spec: Any) -> tuple[str | Axes, ...]:
-    """A `PartitionSpec` in the words of a strategy file."""
-    return tuple(
+    """A `PartitionSpec`, which may end early, in the words of a strategy file."""
+    short = isinstance(spec, PartitionSpec) and len(spec) > 0
+    entries = tuple(
         "*"
         if entry is PartitionSpec.UNCONSTRAINED
         else ""
@@ -197,6 +199,7 @@ def _entries(spec: Any) -> tuple[str | Axes, ...]:
         else tuple(entry)
         for entry in spec
     )
+    return (*entries, "...") if short else entries
 
 
 def _dotted(table: dict[str, object], prefix: str = "") -> dict[str, object]:

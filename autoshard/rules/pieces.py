@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import GatherScatterMode
 
+from autoshard.ir.errors import InputError
 from autoshard.rules.core import Dim, FactorRule, Halo, Shape
 
 Arrays = list[Any]
@@ -261,7 +262,11 @@ def _ragged(
         row = np.arange(lhs.shape[at])
         mine = (row >= low[..., None]) & (row < high[..., None])
         if tuple(lhs_sum) != tuple(range(at + 1)):
-            raise NotImplementedError("groups whose rows do not lie in leading dims")
+            raise InputError(
+                f"ragged_dot_general with dims {tuple(lhs_sum)} of its first operand "
+                "before the rows cannot be cut into groups to try its rule: put the "
+                "batch dims first."
+            )
         rest = (1,) * (lhs.ndim - mine.ndim)
         return [host(lhs) * mine.reshape(*mine.shape, *rest), rhs, sizes]
     return cut

@@ -104,7 +104,7 @@ def test_they_count_and_go_before_other_seeds():
         ({"attn/z/kernel": P()}, NameUnknownError, "Close paths: .*params/attn/"),
         ({"attn/(q": P()}, InputError, "is no regular expression"),
         ({"out/bias": P("a", "b")}, InputError, r"params/out/bias has 2 .*\(2,\)"),
-        ({"out/kernel": P("a")}, InputError, r"params/out/kernel has 1 .*\(4, 2\)"),
+        ({"out/kernel": ["a"]}, InputError, r"params/out/kernel has 1 .*\(4, 2\)"),
         ({"out/kernel": "tensor"}, InputError, "give one entry per dim"),
     ],
 )

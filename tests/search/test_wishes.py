@@ -39,6 +39,15 @@ def spec_of(plan, path):
 # -- specs by path ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("entry", [P("tensor"), P("tp"), ["tensor", "..."]])
+def test_a_spec_that_ends_early_leaves_the_other_dims_whole(entry):
+    plan = ash.search(
+        product, STATE, X, cluster="cpu:8", strategy=strategy(),
+        specs={"kernel$": entry},
+    )  # fmt: skip
+    assert spec_of(plan, "0/kernel") == (("tensor",), ())
+
+
 @pytest.mark.parametrize("entry", [P(None, "tensor"), P(None, "tp"), ["", "tensor"]])
 def test_a_spec_by_path_fixes_a_parameter_and_travels_on(entry):
     plan = ash.search(

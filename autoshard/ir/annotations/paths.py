@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from autoshard.ir.trace import InputInfo, Traced
 
 KIND = "path map"
-OPEN = "*"
+OPEN, REST = "*", "..."
 
 SpecMap = Mapping[str, Any]
 """Regular expression to a `PartitionSpec`, or to one entry per dim: a mesh axis, a list
-of them, `""` or `[]` for a closed dim, `"*"` for an open one."""
+of them, `""` or `[]` for a closed dim, `"*"` for an open one. A last entry `"..."`
+closes all dims that follow, as a `PartitionSpec` does by ending early."""
 
 
 def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, ...]:
@@ -52,6 +53,11 @@ def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, .
     patterns = [(_compiled(text), entry) for text, entry in specs.items()]
     seeds: list[Seed] = []
     found = dict.fromkeys(specs, 0)
+    ranks = {
+        info.path.removeprefix("params"): len(info.shape)
+        for info in inputs
+        if info.state == "params"
+    }
     for number, info in enumerate(inputs):
         first = True
         for pattern, entry in patterns:
@@ -62,6 +68,11 @@ def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, .
                 continue
             first = False
             where = f"{KIND} {pattern.pattern!r} of {info.path}"
+            if info.state == "optimizer" and any(
+                info.path.endswith(path) and rank != len(info.shape)
+                for path, rank in ranks.items()
+            ):
+                continue  # factored moments have other dims than their parameter
             dims = _dims(entry, info, where)
             if dims is not None:
                 seeds.append(Seed(number, dims, KIND, where))
@@ -111,10 +122,14 @@ def _dims(entry: Any, info: InputInfo, where: str) -> Dims | None:
                 f"{where}: {entry!r} is no list; give one entry per dim, such as "
                 f'["", "tensor"].'
             )
+        if entry and entry[-1] == REST:
+            entry = (*entry[:-1], *[""] * (len(info.shape) - len(entry) + 1))
         entry = [
             PartitionSpec.UNCONSTRAINED if e == OPEN else (e if e else None)
             for e in entry
         ]
+    elif len(entry) < len(info.shape):  # JAX leaves the dims that follow whole
+        entry = (*entry, *[None] * (len(info.shape) - len(entry)))
     given = len(entry)
     if given and given != len(info.shape):
         if info.state == "optimizer":
