@@ -31,6 +31,7 @@ class Slide:
     dilation: int = 1
     base: int = 1
     pad: int = 0
+    end: int = 0
 
     def halo(self, *, along_kernel: bool = False) -> Halo | None:
         """Elements of its neighbours that a part needs; None if parts do not align.
@@ -80,6 +81,9 @@ def _slid(
             tile the input.
         sums: Results of parts of one window can be combined.
     """
+    # With padding XLA's partitioner sums the places of a convolution over all devices,
+    # those too that hold the same ones (seen with JAX 0.10.2).
+    sums = sums and (pooled or s.pad == s.end == 0)
     if s.tiles:
         out = factors.new(s.n_out)
         kernel = factors.new(s.n_kernel, "blocked" if out or not sums else "reduce")
@@ -89,7 +93,7 @@ def _slid(
         dim = factors.new(s.n_out, "pass" if free else "shift", halo)
         return dim, (() if pooled else factors.new(s.n_kernel, "blocked")), dim
     halo = s.halo(along_kernel=True)
-    # With a halo XLA's partitioner may sum the places twice (seen with JAX 0.10.2).
+    # With a halo it does, too.
     if halo == (0, 0) and sums and (not pooled or s.n_out == 1):
         dim = factors.new(s.n_kernel, "reduce")
         return dim, dim, factors.new(s.n_out, "blocked")
@@ -170,6 +174,7 @@ def _conv(ctx: RuleContext) -> FactorRule:
             dilation=p["rhs_dilation"][k],
             base=p["lhs_dilation"][k],
             pad=p["padding"][k][0],
+            end=p["padding"][k][1],
         )
         a[la], b[lb], c[lc] = _slid(factors, slide)
     if groups > 1 or batch_groups > 1:

@@ -109,6 +109,9 @@ CONVOLUTION = [
           "i k l, j k l -> i j 1 {i=2 j=4 k=6 l=8} reduce k l"),
     _case(_conv(8, "VALID"), (2, 6, 8), (4, 6, 8),
           "i k l, j k l -> i j 1 {i=2 j=4 k=6 l=8} reduce k l"),
+    # With padding after it, though no window reaches there, XLA sums it wrongly.
+    _case(_conv(8, ((0, 1),)), (2, 6, 8), (4, 6, 8),
+          "i k l, j k l -> i j 1 {i=2 j=4 k=6 l=8} reduce k blocked l"),
     # One element in, eight out: nothing to share.
     _case(_conv(1, ((7, 7),)), (2, 6, 1), (4, 6, 8),
           "i k 1, j k m -> i j l {i=2 j=4 k=6 l=8 m=8} reduce k blocked l m"),

@@ -49,6 +49,10 @@ CAREFUL = {
         "k",
         "the symmetric matrix that is added would count once per piece",
     ),
+    "i k l, j k l -> i j 1 {i=2 j=4 k=6 l=8} reduce k blocked l": (
+        "l",
+        "XLA sums what is padded over devices that hold the same",
+    ),
     ("reduce_xor", "i j -> i {i=4 j=6} blocked j"): (
         "j",
         "no collective combines bits by exclusive or",

@@ -169,7 +169,15 @@ def test_a_signal_saves_and_returns(make_step, data, tmp_path, signum):
     assert result.losses + again.losses == straight.losses
 
 
-def test_a_second_signal_acts_at_once(make_step, data, quiet):
+@pytest.fixture
+def interrupts():
+    """Python's own handler of the signal; a shell starts background jobs without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_at_once(make_step, data, quiet, interrupts):
     step = make_step()
 
     def send(index):
