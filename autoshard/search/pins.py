@@ -6,6 +6,8 @@ the specs of its neighbours.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import Spec
 from autoshard.plan.schema import Constraint
@@ -148,7 +150,7 @@ def _hold(sharded: ShardedProgram, pinned: _Pins) -> None:
     Where a value has one constraint, or several alike, the propagation of shardings
     takes that for the value's own spec if nothing else uses it, and else lets every
     later use have the moved value. A second constraint, on what the value is anyway,
-    stops both: before the move, or at another use.
+    stops both: where it is made, or at another use.
     """
     program = sharded.traced.program
     moves: dict[int, dict[tuple[str, str], Reshard]] = {}
@@ -167,14 +169,10 @@ def _hold(sharded: ShardedProgram, pinned: _Pins) -> None:
         if producer < 0 or value in sharded.stored or value in sharded.free:
             continue  # what lies in memory keeps its spec; constants have none
         op = program.ops[producer]
+        made = op.address, f"out{op.outputs.index(value)}"
         alike = len({reshard.target for reshard in moved.values()}) == 1
-        if not alike or (op.address, f"out{op.outputs.index(value)}") in pinned:
-            continue
-        if value in others:
-            pinned.setdefault(others[value], sharded.specs[value])
-        elif len(moved) == 1:
-            [(address, slot)] = moved
-            pinned[address, slot.replace("in", "had")] = sharded.specs[value]
+        if alike and made not in pinned:
+            pinned.setdefault(others.get(value, made), sharded.specs[value])
 
 
 def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
@@ -182,12 +180,17 @@ def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
 
     The partitioner carries a wish back to the ops that make a value, and would rather
     divide a slice or a window along its own dim, and exchange rows, or keep divided
-    what a loop carries, than compute it whole and let each device take its part.
+    what a loop carries, or gather for another op that takes the whole, than compute it
+    whole and let each device take its part.
     """
     program, rules = sharded.traced.program, sharded.classes.rules
+    uses: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for op in program.ops:
+        for k, value in enumerate(op.inputs):
+            uses[value].append((op.index, k))
     seen: set[tuple[int, int]] = set()
     left = [
-        (reshard.value, d)
+        (reshard.value, d, frozenset(target) - frozenset(source))
         for reshard in sharded.reshards
         if not reshard.unreduced
         for d, (source, target) in enumerate(
@@ -195,8 +198,18 @@ def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
         )
         if set(target) - set(source)
     ]
+
+    def whole_elsewhere(value: int, d: int, axes: frozenset[str]) -> bool:
+        """Whether some op takes all that each device has along this dim."""
+        return any(
+            not (dim := rules[i].operands[k][d : d + 1])
+            or not dim[0]
+            or not axes & set(sharded.factor_axes[i][dim[0][0]])
+            for i, k in uses[value]
+        )
+
     while left:
-        value, d = left.pop()
+        value, d, axes = left.pop()
         producer = program.values[value].producer
         if (value, d) in seen or producer < 0:
             continue
@@ -207,13 +220,17 @@ def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:
         if not dim or op.params.get("kind") in ("carry_in", "carry"):
             continue
         leaves = op.params.get("kind") in ("carry_out", "stack")
-        if leaves or rule.kinds[dim[0]] in ("blocked", "shift"):
+        if (
+            leaves
+            or rule.kinds[dim[0]] in ("blocked", "shift")
+            or (len(uses[value]) > 1 and whole_elsewhere(value, d, axes))
+        ):
             natural = natural_dims(rule, sharded.factor_axes[producer])[k]
             slot = "out" if natural == sharded.specs[value] else "sum"
             pinned.setdefault((op.address, f"{slot}{k}"), natural)
             continue
         left += [
-            (operand, e)
+            (operand, e, axes)
             for operand, dims in zip(op.inputs, rule.operands, strict=True)
             for e, other in enumerate(dims)
             if operand >= 0 and other and other[0] == dim[0]
