@@ -238,10 +238,11 @@ class _Fixpoint:
                     wishes[dim[0]].append(self._wish(value, d, axes))
         chosen: list[_Wish | None] = [None] * len(rule.sizes)
         used: dict[str, _Wish] = {}
-        offers = sorted(
-            ((wish, f) for f, found in wishes.items() for wish in found),
-            key=lambda o: (o[0].rank, o[1]),
-        )
+        offers = [(wish, f) for f, found in wishes.items() for wish in found]
+        if len(wishes) > 1:
+            offers.sort(key=lambda o: (self._moved(op, *o), o[0].rank, o[1]))
+        else:
+            offers.sort(key=lambda o: o[0].rank)
         for wish, f in offers:
             have = chosen[f]
             blocker = next((used[a] for a in wish.axes if a in used), None)
@@ -251,6 +252,19 @@ class _Fixpoint:
             elif report and (have is None or have.axes != wish.axes):
                 self._clash(op, have or blocker, wish)
         return chosen
+
+    def _moved(self, op: Op, wish: _Wish, factor: int) -> int:
+        """Bytes of the arrays that move or are reduced if a factor has its wish."""
+        rule, axes = self.rules[op.index], set(wish.axes)
+        moved = {
+            value
+            for value, dims in _slots(op, rule)
+            for have, dim in zip(self.state.get(value) or (), dims, strict=False)
+            if have and dim and dim[0] != factor and axes & set(have)
+        }
+        if rule.kinds[factor] == "reduce":
+            moved.update(op.outputs)
+        return sum(self.program.values[value].bytes_ for value in moved)
 
     def _clash(self, op: Op, kept: _Wish | None, lost: _Wish) -> None:
         if kept is None or (kept.seed == lost.seed):

@@ -7,6 +7,7 @@ the specs of its neighbours.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import Spec
@@ -33,6 +34,7 @@ def constraints(
     Returns:
         Constraints by address.
     """
+    sharded = _without_idle(sharded, sizes)
     pinned: _Pins = {}
     ops = sharded.traced.program.ops
     for reshard in sharded.reshards:
@@ -55,13 +57,37 @@ def constraints(
         pinned.setdefault((ops[index].address, slot), spec)
     _guard(sharded, pinned)
     _hold(sharded, pinned)
-
-    def active(dims: Dims) -> Spec:
-        return Spec(tuple(tuple(a for a in d if sizes.get(a, 1) > 1) for d in dims))
-
     return tuple(
-        Constraint(address=address, slot=slot, spec=active(dims))
+        Constraint(address=address, slot=slot, spec=Spec(dims))
         for (address, slot), dims in sorted(pinned.items())
+    )
+
+
+def _without_idle(sharded: ShardedProgram, sizes: dict[str, int]) -> ShardedProgram:
+    """The same without axes of one device, over which nothing is divided or moved."""
+    known: dict[Dims, Dims] = {}
+
+    def active(dims: Dims) -> Dims:
+        if dims not in known:
+            known[dims] = tuple(
+                tuple(a for a in dim if sizes.get(a, 1) > 1) for dim in dims
+            )
+        return known[dims]
+
+    reshards = (
+        replace(
+            reshard,
+            source=active(reshard.source),
+            unreduced=active((reshard.unreduced,))[0],
+            target=active(reshard.target),
+        )
+        for reshard in sharded.reshards
+    )
+    return replace(
+        sharded,
+        specs=tuple(active(dims) for dims in sharded.specs),
+        factor_axes=tuple(active(axes) for axes in sharded.factor_axes),
+        reshards=tuple(r for r in reshards if r.unreduced or r.source != r.target),
     )
 
 

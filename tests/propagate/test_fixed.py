@@ -116,6 +116,26 @@ def test_a_conflict_keeps_both_origins_and_moves_the_smaller_side():
     assert ends(sharded)[1] == [((), DATA)]
 
 
+@pytest.mark.parametrize(
+    ("columns", "kept", "moves"),
+    [
+        (64, "seed of 0", [("all_gather", "tensor")]),
+        (2, "seed of 1", [("all_reduce", "tensor"), ("all_to_all", "tensor")]),
+    ],
+)
+def test_a_product_is_divided_where_operands_and_result_move_least(
+    columns, kept, moves
+):
+    """Either all of x is gathered, or w changes its dim and the result is summed."""
+    sharded = seeded(
+        product,
+        [shape(16, columns), shape(8, 16)],
+        {0: (None, TENSOR), 1: ((), TENSOR)},
+    )
+    assert {c.kept_origin for c in sharded.conflicts} == {kept}
+    assert sorted({c[:2] for c in collectives(sharded)}) == moves
+
+
 def test_one_axis_is_not_given_to_two_dims_of_a_value():
     def fn(a, b):
         return a[:, None] * b[None, :]
