@@ -64,7 +64,7 @@ def find_classes(
         program, opted, representative=traced.blocks.representative.tolist()
     )
     edges = DimGraph(program, rules)
-    labels = edges.components()
+    labels = edges.components(_replaced(traced))
     of_value = Ragged(labels, edges.starts)
     of_factor = edges.factor_classes(labels)
     names, origins, named_at = _names(traced, program, of_value)
@@ -159,10 +159,18 @@ class DimGraph:
             return none, none, none
         return np.concatenate(left), np.concatenate(right), np.concatenate(which)
 
-    def components(self) -> Ints:
-        """Class per dim: the smallest node it is tied with."""
+    def components(self, alike: Sequence[tuple[int, int]] = ()) -> Ints:
+        """Class per dim: the smallest node it is tied with.
+
+        Args:
+            alike: Pairs of values of which all dims are tied.
+        """
         left, right, _ = self.edges()
         total = int(self.starts[-1])
+        for a, b in alike:
+            rank = np.arange(self.starts[a + 1] - self.starts[a])
+            left = np.concatenate([left, self.starts[a] + rank])
+            right = np.concatenate([right, self.starts[b] + rank])
         graph = coo_array(
             (np.ones(len(left), np.int8), (left, right)), shape=(total, total)
         )
@@ -185,6 +193,17 @@ class DimGraph:
                     slot, d = dims[0]
                     flat[begin + f] = labels[self.starts[values[:, slot]] + d]
         return Ragged(flat, starts)
+
+
+def _replaced(traced: Traced) -> list[tuple[int, int]]:
+    """State that a step writes and never reads, and what it writes: no op ties them."""
+    program = traced.program
+    read = {value for op in program.ops for value in op.inputs}
+    return [
+        (program.inputs[source], value)
+        for value, source in zip(program.outputs, traced.out_source, strict=True)
+        if source >= 0 and value >= 0 and program.inputs[source] not in read
+    ]
 
 
 def _names(

@@ -234,7 +234,7 @@ class _Fixpoint:
                 continue
             for d, dim in enumerate(dims):
                 axes = held[d]
-                if dim and axes and rule.kinds[dim[0]] != "blocked":
+                if dim and axes and rule.divisible[dim[0]]:
                     wishes[dim[0]].append(self._wish(value, d, axes))
         chosen: list[_Wish | None] = [None] * len(rule.sizes)
         used: dict[str, _Wish] = {}

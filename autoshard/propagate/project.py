@@ -13,7 +13,7 @@ def factors_from(
     assert spec is not None
     axes: list[tuple[str, ...]] = [()] * len(rule.sizes)
     for dim, wanted in zip(dims, spec, strict=True):
-        if dim and rule.kinds[dim[0]] != "blocked":
+        if dim and rule.divisible[dim[0]]:
             axes[dim[0]] = wanted
     return tuple(axes)
 

@@ -264,7 +264,7 @@ class Wants:
         wants = []
         for f, cls in enumerate(classes):
             want = self.strong.get(cls)
-            if want and not axes[f] and rule.kinds[f] != "blocked":
+            if want and not axes[f] and rule.divisible[f]:
                 wants.append((want[0], f, want[1]))
         wants.sort()
         for _, f, want in wants:
@@ -273,7 +273,7 @@ class Wants:
                 used.update(want)
         for f, cls in enumerate(classes) if self.weak else ():
             want = self.weak.get(cls)
-            if want is None or axes[f] or rule.kinds[f] == "blocked":
+            if want is None or axes[f] or not rule.divisible[f]:
                 continue
             if used.isdisjoint(want) and _some_has(rule, operands, f, want):
                 axes[f] = want

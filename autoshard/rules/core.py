@@ -76,6 +76,9 @@ class FactorRule:
             `reduce` factor: the gradient of a convolution's kernel sums over the places
             of the input, and each device needs a margin of its neighbours' input. Of
             the operands that share a `reduce` factor only the first has the halo.
+        divisible: Per factor, whether an op may run with a part of it on each device:
+            it is not blocked, and leads every dim of a result that it is in. The parts
+            of a minor factor are strided there, and a spec divides into blocks.
 
     Raises:
         ValueError: Factors, sizes, kinds and halos do not fit together.
@@ -95,6 +98,7 @@ class FactorRule:
     op_kind: OpKind
     flops_per_point: float = 0.0
     halos: tuple[Halo, ...] = ()
+    divisible: tuple[bool, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         count = len(self.sizes)
@@ -110,6 +114,11 @@ class FactorRule:
         for kind, halo in zip(self.kinds, self.halos, strict=False):
             if min(halo) < 0 or (any(halo) and kind not in ("shift", "reduce")):
                 raise ValueError(f"a {kind} factor has the halo {halo}")
+        minor = {f for dims in self.results for dim in dims for f in dim[1:]}
+        divisible = tuple(
+            kind != "blocked" and f not in minor for f, kind in enumerate(self.kinds)
+        )
+        object.__setattr__(self, "divisible", divisible)
 
     @property
     def text(self) -> str:

@@ -328,3 +328,38 @@ def test_an_axis_is_never_used_twice_in_a_spec():
         for spec in (*sharded.specs, *sharded.factor_axes):
             used = [axis for dim in spec for axis in dim]
             assert len(used) == len(set(used))
+
+
+def test_a_dim_is_gathered_before_it_becomes_the_minor_part_of_another():
+    """The parts of a minor factor are strided in the merged dim; no spec says that."""
+
+    def merge(x):
+        x = annotate(x, "batch", "seq", None)
+        return x.reshape(BATCH * SEQ, EMBED)
+
+    sharded = shard(merge, [ACTIVATIONS], {"batch": DATA, "seq": TENSOR})
+    assert collectives(sharded) == [("all_gather", "tensor", "reshape#0 in0")]
+    assert sharded.specs[sharded.traced.program.outputs[0]] == (DATA, ())
+
+
+def test_a_minor_part_is_sharded_for_free_where_a_dim_is_split():
+    def split(x):
+        return annotate(x.reshape(BATCH, SEQ, EMBED), "batch", "seq", None)
+
+    sharded = shard(split, [shape(BATCH * SEQ, EMBED)], {"batch": DATA, "seq": TENSOR})
+    assert collectives(sharded) == []
+    assert sharded.specs[sharded.traced.program.outputs[0]] == (DATA, TENSOR, ())
+
+
+def test_state_that_is_written_and_never_read_lies_as_it_is_written():
+    """A running average that only evaluation reads: nothing moves at the end."""
+
+    def step(state, x):
+        y = annotate(x, None, "mlp") * 2
+        return {"last": y, "count": state["count"] + 1}, y.sum()
+
+    state = {"last": shape(BATCH, MLP), "count": shape()}
+    sharded = shard(step, [state, shape(BATCH, MLP)], {"mlp": TENSOR})
+    assert sharded.traced.out_source[:2] == (0, 1)
+    assert specs(sharded)["0/last"] == ((), TENSOR)
+    assert not [r for r in sharded.reshards if r.op == OUTPUT]
