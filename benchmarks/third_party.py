@@ -156,8 +156,6 @@ def small(name: str, strategies: tuple[str, ...]) -> dict[str, Any]:
     import jax
     from clients import clients
 
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
     client = clients()[name]
     jax.config.update("jax_enable_x64", client.cancels)
     case, bar = client.small(), BAR
@@ -287,6 +285,10 @@ def _merge(kinds: dict[str, Any], leaves: dict[str, Any], noise: Any) -> None:
 
 def child(options: argparse.Namespace) -> int:
     """Runs one client and prints what it found as one line of JSON."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
     found: dict[str, Any] = {}
     if "full" in options.stage:
         found["full"] = full(options.child)
