@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import mesh as mesh_lib
 from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
 from jax.core import Tracer
 from jax.extend import core
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, Sharding
@@ -32,7 +33,6 @@ CALL_JAXPR_PARAM = {
     "composite": "call_jaxpr" if _MERGED else "jaxpr",
     "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
-    "custom_lin": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "eval_jaxpr": "call_jaxpr",
     "jit": "jaxpr",
@@ -67,6 +67,13 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     if isinstance(jaxpr, core.ClosedJaxpr):
         return jaxpr.jaxpr, list(jaxpr.consts)
     return jaxpr, []
+
+
+def without_dead(closed: Any) -> Any:
+    """A closed jaxpr without the equations whose results nothing uses."""
+    opened, _ = open_jaxpr(closed)
+    live, _ = partial_eval.dce_jaxpr(opened, [True] * len(opened.outvars), True)
+    return live if _MERGED else core.ClosedJaxpr(live, closed.consts)
 
 
 def like(new_closed: Any, old: Any) -> Any:

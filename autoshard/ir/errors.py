@@ -33,6 +33,10 @@ class InputError(AutoshardError):
     exit_code = 3
 
 
+class NoForwardDerivativeError(InputError):
+    """A forward derivative of a `jax.custom_vjp` function, which has none."""
+
+
 class InfeasibleError(AutoshardError):
     """No plan of the asked space fits the cluster."""
 

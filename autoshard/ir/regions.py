@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from autoshard.ir import _jaxcompat, static
+from autoshard.ir.errors import NoForwardDerivativeError
 from autoshard.ir.walk import used
 
 if TYPE_CHECKING:
@@ -246,8 +247,25 @@ def _names(spec: Any, rank: int) -> tuple[tuple[str, ...], ...]:
     return (*entries, *[()] * (rank - len(entries)))
 
 
+def _custom_lin(
+    builder: Builder,
+    eqn: Any,
+    operands: list[int],
+    region: int,
+    address: str,
+    scope: str,
+) -> list[int]:
+    line = _jaxcompat.source_line(eqn)
+    raise NoForwardDerivativeError(
+        f"forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) of a "
+        f"jax.custom_vjp function at {line or address}: it defines a backward pass "
+        "only. Take its gradient in reverse mode, or write it with jax.custom_jvp."
+    )
+
+
 STRUCTURES: dict[str, Callable[[Builder, Any, list[int], int, str, str], list[int]]] = {
     "cond": _cond,
+    "custom_lin": _custom_lin,
     "scan": _scan,
     "shard_map": _shard_map,
     "while": _while,

@@ -10,12 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autoshard.ir import _jaxcompat
 from autoshard.ir.annotations import metadata
 from autoshard.ir.annotations.account import Account
 from autoshard.ir.annotations.calls import Calls, explicit_axes, watched
 from autoshard.ir.annotations.names import Words
 from autoshard.ir.annotations.notes import Note, Reading, read
-from autoshard.ir.errors import AutoshardError, InputError
+from autoshard.ir.errors import (
+    AutoshardError,
+    InputError,
+    NoForwardDerivativeError,
+)
 from autoshard.ir.program import Program, build
 from autoshard.ir.seeds import AnnotationReport, Seed
 from autoshard.ir.ties import Blocks, find_blocks
@@ -138,7 +143,8 @@ def trace(
 
     Raises:
         InputError: The arguments do not fit the function, or an annotation does not
-            fit what it annotates.
+            fit what it annotates; the function takes a forward derivative of a
+            `jax.custom_vjp` function.
 
     >>> import jax.numpy as jnp
     >>> traced = trace(lambda w, x: (x @ w).sum(), [jnp.ones((4, 2)), jnp.ones((8, 4))])
@@ -165,7 +171,12 @@ def trace(
     inputs = tuple(_named(i, reading.notes.get(k)) for k, i in enumerate(inputs))
     jaxpr, out, calls = _jaxpr(fn, args, abstract_args)
     paths = tuple(i.path for i in inputs)
-    program = build(jaxpr, paths)
+    try:
+        program = build(jaxpr, paths)
+    except NoForwardDerivativeError:
+        # JAX leaves such an equation in a gradient in which nothing uses it.
+        jaxpr = _jaxcompat.without_dead(jaxpr)
+        program = build(jaxpr, paths)
     account = Account(words)
     account.inputs(program, paths, reading.notes)
     program = account.ops(program)

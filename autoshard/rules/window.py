@@ -228,13 +228,19 @@ def _slides(
     ]
 
 
-def _pooled(ctx: RuleContext, *, sums: bool) -> FactorRule:
+def _pooled(ctx: RuleContext, *, sums: bool, together: bool = False) -> FactorRule:
+    """A window over one operand, or over several that are compared together."""
     whole, out = ctx.operands[0], ctx.results[0]
     factors = Factors()
     dims = [
         _slid(factors, slide, pooled=True, sums=sums)
         for slide in _slides(ctx, whole, out)
     ]
+    if together:
+        # XLA's partitioner aborts where the arrays lie differently (seen with JAX
+        # 0.10.2), so each device does its part by itself, without its neighbours.
+        factors.kinds = ["blocked" if k == "shift" else k for k in factors.kinds]
+        factors.halos = [(0, 0)] * len(factors.halos)
     window = prod(ctx.params["window_dimensions"])
     return factors.rule(
         # The start values of a window with a function of the user's are scalars.
@@ -262,7 +268,7 @@ def _reduce_window(ctx: RuleContext) -> FactorRule:
     example=Example(((8, 32), ()), ((8, 32),), _POOL),
 )
 def _reduce_window_by_function(ctx: RuleContext) -> FactorRule:
-    return _pooled(ctx, sums=False)
+    return _pooled(ctx, sums=False, together=len(ctx.results) > 1)
 
 
 @register(
@@ -272,7 +278,7 @@ def _reduce_window_by_function(ctx: RuleContext) -> FactorRule:
 )
 def _select_and_gather_add(ctx: RuleContext) -> FactorRule:
     """The element of the first operand where the second has the window's best."""
-    return _pooled(ctx, sums=False)
+    return _pooled(ctx, sums=False, together=True)
 
 
 @register(

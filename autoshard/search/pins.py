@@ -18,8 +18,9 @@ from autoshard.rules.foreign import call_on_parts
 
 _Pins = dict[tuple[str, str], Dims]
 
-_WHOLE_IN_XLA = frozenset({"approx_top_k", "top_k"})
-"""Primitives that the partitioner makes whole although their rule divides them."""
+_BY_PARTS = frozenset({"approx_top_k", "select_and_gather_add", "top_k"})
+"""Primitives that the partitioner makes whole although their rule divides them, or that
+it aborts at."""
 
 
 def constraints(
@@ -99,7 +100,11 @@ def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
         sharded.factor_axes,
         strict=True,
     ):
-        closed = rule.op_kind == "foreign" or op.primitive in _WHOLE_IN_XLA
+        closed = (
+            rule.op_kind == "foreign"
+            or op.primitive in _BY_PARTS
+            or (op.primitive == "reduce_window" and len(op.outputs) > 1)
+        )
         if not closed or not any(axes):
             continue
         call_on_parts(op)  # an error here rather than when the plan is lowered

@@ -213,3 +213,49 @@ def test_a_weight_that_is_only_added_to_every_row_is_a_parameter():
     at = {"at": shape(1, 4, 8)}
     states = {i.path: i.state for i in trace(step, (at, at, shape(16, 4, 8))).inputs}
     assert states == {"0/at": "params", "1/at": "optimizer", "batch": "data"}
+
+
+@jax.custom_vjp
+def backward_only(x):
+    return jnp.sin(x)
+
+
+backward_only.defvjp(
+    lambda x: (jnp.sin(x), x), lambda x, cotangent: (cotangent * jnp.cos(x),)
+)
+
+
+def test_a_forward_derivative_that_jax_leaves_unused_is_no_part_of_the_program():
+    """In a forward rule of the user's, for an operand that nothing differentiates."""
+
+    @jax.custom_jvp
+    def inner(x, y):
+        return jnp.sin(x), backward_only(y)
+
+    def rule(primals, tangents):
+        return jax.jvp(lambda x, y: (jnp.sin(x), backward_only(y)), primals, tangents)
+
+    inner.defjvp(rule)
+
+    def loss(x, y):
+        a, b = inner(x, y)
+        return a.sum() + b.sum()
+
+    fn = jax.grad(loss)
+    args = (jax.ShapeDtypeStruct((4,), "float32"),) * 2
+    assert "custom_lin" in str(jax.make_jaxpr(fn)(*args))
+    traced = trace(fn, args)
+    assert {op.primitive for op in traced.program.ops} >= {"cos"}
+    assert "custom_lin" not in str(traced.jaxpr)
+
+
+def test_a_forward_derivative_that_a_function_lacks_is_an_error_with_its_line():
+    @jax.custom_jvp
+    def inner(x):
+        return backward_only(x)
+
+    inner.defjvp(lambda p, t: jax.jvp(backward_only, p, t))
+    args = (jax.ShapeDtypeStruct((4,), "float32"),) * 2
+    fn = lambda x, dx: jax.linearize(inner, x)[1](dx)  # noqa: E731
+    with pytest.raises(InputError, match=r"custom_vjp function at .*test_trace\.py"):
+        trace(fn, args)

@@ -176,6 +176,20 @@ def _cotangent(size, **how):
     return lambda g, x: jax.vjp(_largest(size, **how), x)[1](g)[0]
 
 
+def _pair(size, stride=1, padding=((0, 0), (0, 0))):
+    """The largest of one operand, and what the other has there."""
+
+    def best(a, b):
+        first = a[0] >= b[0]
+        return tuple(jnp.where(first, x, y) for x, y in zip(a, b, strict=True))
+
+    def run(x, y):
+        starts = jnp.float32(-jnp.inf), jnp.float32(0)
+        return lax.reduce_window((x, y), starts, best, (1, size), (1, stride), padding)
+
+    return run
+
+
 def _mine(a, b):  # not one of the functions that JAX has a primitive for
     return jnp.logaddexp(a, b)
 
@@ -226,8 +240,11 @@ POOLING = [
          "i j, . -> i 1 {i=4 j=32} blocked j"),
     Case("reduce_window", _pool(_mine, -np.inf, 32, 32), (X,),
          "i j, . -> i 1 {i=4 j=32} blocked j"),
+    # No margin is fetched for a pair of arrays.
     Case("select_and_gather_add", _tangent(3, padding=_pad(1, 1)), (X, X),
-         "i j, i j -> i j {i=4 j=32} shift j(1,1)"),
+         "i j, i j -> i j {i=4 j=32} blocked j"),
+    Case("reduce_window", _pair(3, padding=_pad(1, 1)), (X, X),
+         "i j, i j, ., . -> i j, i j {i=4 j=32} blocked j"),
     Case("select_and_gather_add", _tangent(32), (X, X),
          "i j, i j -> i 1 {i=4 j=32} blocked j"),
     # Windows side by side: each part has its own.
