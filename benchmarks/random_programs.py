@@ -35,7 +35,7 @@ PART = 200
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; `--part` is how a run calls itself."""
+    """The command line; `--part` and `--as-usual` are how a run calls itself."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,26 +50,30 @@ def arguments() -> argparse.Namespace:
         help="what is done so far; removed to begin anew",
     )
     parser.add_argument("--part", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--as-usual", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 # -- one part, in a process of its own ---------------------------------------------
 
 
-def run_part(part: int, begin: int, end: int) -> dict[str, Any]:
-    """Draws the programs of a part and checks those from `begin` to before `end`."""
+def run_part(part: int, begin: int, end: int, *, as_usual: bool) -> dict[str, Any]:
+    """Draws the programs of a part and checks those from `begin` to before `end`.
+
+    XLA is told to compile fast, except where it shall do so `as_usual`.
+    """
     sys.path.insert(0, str(TESTS))
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    from fuzz.check import check
+    from fuzz.check import FAST, check
     from fuzz.describe import nodes_of, to_json
     from fuzz.generate import drawn
 
     start_s = time.perf_counter()
     cases = drawn(part, PART)[begin:end]
-    verdicts = check(cases)
+    verdicts = check(cases, options={} if as_usual else FAST)
     nodes = {id(v): nodes_of(v.case.body) for v in verdicts}
     judged = [v for v in verdicts if not v.defect]
     return {
@@ -100,26 +104,40 @@ def run_part(part: int, begin: int, end: int) -> dict[str, Any]:
 
 
 def in_process(part: int, begin: int, end: int) -> list[dict[str, Any]]:
-    """Runs a part elsewhere; where XLA aborts, halves it until one program is left."""
+    """Runs a part elsewhere; where XLA aborts, halves it until one program is left.
+
+    That one is compiled once more as XLA does when it is not told to be fast.
+    """
+    done, said = _elsewhere(part, begin, end)
+    if done is None and end - begin > 1:
+        middle = (begin + end) // 2
+        return in_process(part, begin, middle) + in_process(part, middle, end)
+    if done is None:
+        done, said = _elsewhere(part, begin, end, "--as-usual")
+    if done is not None:
+        return [done]
+    reasons = [line for line in said if line.startswith("F")] or said[-1:]
+    what = f"part {part} program {begin} ends the process: {' '.join(reasons)[:400]}"
+    return [{"programs": 1, "failures": [{"what": [what], "program": ""}]}]
+
+
+def _elsewhere(
+    part: int, begin: int, end: int, *flags: str
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """What a process of its own found, if it came to an end, and what it said."""
     command = [sys.executable, __file__, "--part", str(part), str(begin), str(end)]
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run(
-            command,
+            [*command, *flags],
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
         )
-        if done.returncode == 0:
-            return [json.loads(done.stdout.splitlines()[-1])]
-        if end - begin > 1:
-            middle = (begin + end) // 2
-            return in_process(part, begin, middle) + in_process(part, middle, end)
         said.seek(0)
         lines = said.read().splitlines()
-    reasons = [line for line in lines if line.startswith("F")] or lines[-1:]
-    what = f"part {part} program {begin} ends the process: {' '.join(reasons)[:400]}"
-    return [{"programs": 1, "failures": [{"what": [what], "program": ""}]}]
+    found = None if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    return found, lines
 
 
 def sources() -> str:
@@ -184,7 +202,7 @@ def main() -> None:
     """Runs all parts, or the one that the command line names."""
     args = arguments()
     if args.part:
-        print(json.dumps(run_part(*args.part)))
+        print(json.dumps(run_part(*args.part, as_usual=args.as_usual)))
         return
     start = _record.begin()
     total = run_all(args)

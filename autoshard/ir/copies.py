@@ -194,9 +194,9 @@ class Finder:
         flat = self.flat
         stop = min(start + slack + 2 * period, len(flat.code))
         low, high = flat.begin[start], flat.begin[stop]
-        makers = flat.producer[flat.taken[low:high]]
-        inside = makers >= start
-        makers, takers = makers[inside] - start, flat.taker[low:high][inside] - start
+        makers, takers = flat.producer[flat.taken[low:high]], flat.taker[low:high]
+        inside = (makers >= start) & (makers < takers)  # what a loop takes back is not
+        makers, takers = makers[inside] - start, takers[inside] - start
         reach = np.zeros(stop - start, dtype=np.int64)
         np.maximum.at(reach, makers, takers)
         used = np.flatnonzero(reach)

@@ -24,6 +24,10 @@ from autoshard.rules.registry import covered
 CALLS = ("ffi_call", "pallas_call")
 """Primitives that call foreign code, told apart by the name of what they call."""
 
+_BY_PARTS = frozenset({"approx_top_k", "select_and_gather_add", "top_k"})
+"""Primitives that the partitioner makes whole although their rule divides them, or that
+it aborts at."""
+
 _NAME = r"[A-Za-z_]\w*"
 _WORD = re.compile(rf"({_NAME})(?:\((\d+),(\d+)\))?")
 _DIM = re.compile(rf"\(\s*({_NAME}(?:\s+{_NAME})*)\s*\)|({_NAME})|(1)|(\S+)")
@@ -134,6 +138,19 @@ def call_on_parts(op: Op) -> Callable[..., Any] | None:
         f"{_PATTERNS[name].text!r} lets each device compute a part. Say how to call it "
         f"on parts, register_rule({name!r}, ..., call=lambda *operands: ...), or "
         "declare its names blocked, so that every device computes the whole."
+    )
+
+
+def runs_by_parts(op: Op, rule: FactorRule) -> bool:
+    """Whether each device runs an op by itself, under `shard_map`.
+
+    So run the calls that the partitioner cannot look into, what it makes whole although
+    the rule divides it, and what it aborts at.
+    """
+    return (
+        rule.op_kind == "foreign"
+        or op.primitive in _BY_PARTS
+        or (op.primitive == "reduce_window" and len(op.outputs) > 1)
     )
 
 

@@ -14,13 +14,9 @@ from autoshard.ir.mesh import Spec
 from autoshard.plan.schema import Constraint
 from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
 from autoshard.propagate.project import natural_dims, spec_of
-from autoshard.rules.foreign import call_on_parts
+from autoshard.rules.foreign import call_on_parts, runs_by_parts
 
 _Pins = dict[tuple[str, str], Dims]
-
-_BY_PARTS = frozenset({"approx_top_k", "select_and_gather_add", "top_k"})
-"""Primitives that the partitioner makes whole although their rule divides them, or that
-it aborts at."""
 
 
 def constraints(
@@ -48,6 +44,7 @@ def constraints(
         if _needs_whole(sharded, reshard, sizes):
             pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
     _pin_foreign(sharded, pinned)
+    _pin_reversed(sharded, pinned)
     for index, slot in sharded.pins:
         k = int(slot.removeprefix("in").removeprefix("out"))
         if slot.startswith("in"):
@@ -100,12 +97,7 @@ def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
         sharded.factor_axes,
         strict=True,
     ):
-        closed = (
-            rule.op_kind == "foreign"
-            or op.primitive in _BY_PARTS
-            or (op.primitive == "reduce_window" and len(op.outputs) > 1)
-        )
-        if not closed or not any(axes):
+        if not runs_by_parts(op, rule) or not any(axes):
             continue
         call_on_parts(op)  # an error here rather than when the plan is lowered
         for k, dims in enumerate(natural_dims(rule, axes)):
@@ -113,6 +105,27 @@ def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
         for k, (value, dims) in enumerate(zip(op.inputs, rule.operands, strict=True)):
             if value >= 0:
                 pinned[op.address, f"in{k}"] = spec_of(dims, axes)
+
+
+def _pin_reversed(sharded: ShardedProgram, pinned: _Pins) -> None:
+    """Keeps a kernel that is reversed apart from the windows that it slides over.
+
+    Else XLA makes one op of both before it partitions, and that goes wrong where a
+    device's part is as small as what it needs of its neighbours (seen with JAX 0.10.2,
+    in the gradient of a convolution).
+    """
+    ops, rules = sharded.traced.program.ops, sharded.classes.rules
+    for op, rule, axes in zip(ops, rules, sharded.factor_axes, strict=True):
+        if op.primitive != "conv_general_dilated" or not any(
+            kind == "shift" and used
+            for kind, used in zip(rule.kinds, axes, strict=True)
+        ):
+            continue
+        for value in op.inputs:
+            producer = sharded.traced.program.values[value].producer
+            if producer >= 0 and ops[producer].primitive == "rev":
+                address = ops[producer].address
+                pinned.setdefault((address, "out0"), sharded.specs[value])
 
 
 def _enters_remat(sharded: ShardedProgram, reshard: Reshard) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.files import load_strategy
 from autoshard.plan.schema import Schedule, Strategy
+from autoshard.search.divisible import what_fails
 
 _MAX_GROWTH = 4096
 
@@ -25,36 +27,12 @@ def _gib(bytes_: float) -> str:
 
 def explain_indivisible(space: Any, groups: list[Any], cluster: Cluster) -> str:
     """Says which dims keep every mesh from dividing, with the parameters' paths."""
-    strategy = groups[0].strategy
-    rows = space.meshes(strategy, cluster)
-    batch = space.batch()
-    wants: dict[str, tuple[int, tuple[str, ...]]] = {}
+    strategy, batch = groups[0].strategy, space.batch()
+    grid, cuts = space.candidates(strategy, cluster)
+    blame: Counter[str] = Counter()
     for group in groups:
-        sharded = group.pricer.sharded
-        for info, dims in zip(sharded.traced.inputs, sharded.compute, strict=True):
-            for d, axes in enumerate(dims):
-                if not axes:
-                    continue
-                if info.state == "data" and d == 0:
-                    wants[f"the batch of {batch}"] = (batch, axes)
-                elif info.state in ("params", "data"):
-                    name = info.logical[d]
-                    label = f"dim {d} ({name}) of" if name else f"dim {d} of"
-                    wants[f"{label} {info.path}, of size {info.shape[d]},"] = (
-                        info.shape[d],
-                        axes,
-                    )
-    blame = []
-    for label, (size, axes) in wants.items():
-        parts = rows[:, [AXES.index(a) for a in axes]].prod(axis=1)
-        fails = int((size % parts != 0).sum())
-        if fails:
-            smallest = int(parts[size % parts != 0].min())
-            blame.append(
-                (-fails, f"{label} is not divisible by {smallest} ({' x '.join(axes)})")
-            )
-    blame.sort()
-    said = "; ".join(text for _, text in blame[:3])
+        blame.update(what_fails(group.pricer, grid, cuts, batch))
+    said = "; ".join(text for text, _ in blame.most_common(3))
     fixed = ", ".join(f"{a} = {n}" for a, n in strategy.mesh.items())
     return (
         f"nothing divides: no mesh of the {cluster.num_chips} chips of {cluster.name} "

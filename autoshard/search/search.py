@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from autoshard.cost import Pricer
-from autoshard.cost.price import MEMORY_HEADROOM, axes_of
+from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
 from autoshard.ir.trace import abstract
@@ -20,6 +20,7 @@ from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
 from autoshard.plan.sharded import Layout
 from autoshard.propagate import propagate
 from autoshard.search import space
+from autoshard.search.divisible import divisible
 from autoshard.search.finish import finish
 from autoshard.search.reading import Sketch, fixed_sizes
 from autoshard.search.remedy import explain_indivisible, explain_no_fit
@@ -124,12 +125,22 @@ class Space:
             rows = rows[column == size]
         return rows
 
+    def candidates(
+        self, strategy: Strategy, cluster: Cluster
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mesh sizes, int64[candidate, axis], and microbatches, int64[candidate]."""
+        rows = self.meshes(strategy, cluster)
+        cuts = space.microbatches(
+            strategy, self.batch(), isinstance(self.fn, TrainStep)
+        )
+        pieces = np.tile(np.array(cuts, dtype=np.int64), len(rows))
+        return np.repeat(rows, len(cuts), axis=0), pieces
+
     def price(self, strategy: Strategy, cluster: Cluster) -> list[Candidates]:
         """Prices every candidate of every structure."""
         required = strategy.schedule.remat != "auto"
-        rows = self.meshes(strategy, cluster)
         batch = self.batch()
-        cuts = space.microbatches(strategy, batch, isinstance(self.fn, TrainStep))
+        grid, cuts = self.candidates(strategy, cluster)
         found = []
         for structure in space.structures(strategy):
             remat = structure.schedule.remat
@@ -148,10 +159,8 @@ class Space:
             if pricer is None:
                 sharded = propagate(sketch.traced, sketch.classes, layout)
                 pricer = self._pricers[key] = Pricer(sharded, sketch.work)
-            grid = np.repeat(rows, len(cuts), axis=0)
-            pieces = np.tile(np.array(cuts, dtype=np.int64), len(rows))
-            fits = divisible(pricer, grid, pieces, batch)
-            sizes, pieces = grid[fits], pieces[fits]
+            fits = divisible(pricer, grid, cuts, batch)
+            sizes, pieces = grid[fits], cuts[fits]
             prices = pricer.price(cluster, sizes, pieces.astype(np.float64))
             found.append(
                 Candidates(
@@ -165,39 +174,6 @@ class Space:
                 )
             )
         return found
-
-
-def divisible(
-    pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
-) -> np.ndarray:
-    """Which candidates divide every dim they shard, bool[candidate]."""
-    sharded = pricer.sharded
-    fits = np.ones(len(sizes), dtype=bool)
-
-    def product(axes: Any) -> np.ndarray:
-        return sizes[:, [AXES.index(a) for a in axes]].prod(axis=1)
-
-    for size, axes in sharded.divides:
-        fits &= size % product(axes) == 0
-    for size, axes in sharded.padded:  # every device must have something at all
-        fits &= size >= product(axes)
-    for info, compute in zip(sharded.traced.inputs, sharded.compute, strict=True):
-        if info.state == "data" and info.shape and batch:
-            fits &= batch % (cuts * product(compute[0])) == 0
-    # A large state leaf must find a dim for its storage axes; a small one may stay.
-    total = sum(pricer.program.values[v].bytes_ for v in pricer.program.inputs)
-    for value, compute in zip(pricer.program.inputs, sharded.compute, strict=True):
-        extra = axes_of(sharded.specs[value]) - axes_of(compute)
-        if not extra or pricer.program.values[value].bytes_ < total / 100:
-            continue
-        classes = sharded.classes
-        some = np.zeros(len(sizes), dtype=bool)
-        for d, size in enumerate(pricer.program.values[value].shape):
-            names = classes.names.get(classes.of_value[value][d], ())
-            if "layers" not in names:
-                some |= size % product((*compute[d], *sorted(extra))) == 0
-        fits &= some
-    return fits
 
 
 def search_plans(

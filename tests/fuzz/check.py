@@ -178,12 +178,18 @@ def _with_less(case: Case, dropped: list[str]) -> Case | None:
     return None
 
 
-def check(cases: Sequence[Case], *, together: int = 12) -> list[Verdict]:
+def check(
+    cases: Sequence[Case],
+    *,
+    together: int = 12,
+    options: Mapping[str, Any] = FAST,
+) -> list[Verdict]:
     """Holds cases to every property, as many of them together as may be compiled.
 
     Args:
         cases: Any cases.
         together: How many share one compilation.
+        options: How XLA compiles them.
 
     Returns:
         One verdict per case, in no order.
@@ -201,7 +207,7 @@ def check(cases: Sequence[Case], *, together: int = 12) -> list[Verdict]:
         groups[tuple(case.mesh.items()), risky].append(ready)
     for ready in groups.values():
         for start in range(0, len(ready), together):
-            verdicts += _bisected(ready[start : start + together])
+            verdicts += _bisected(ready[start : start + together], options)
     return verdicts
 
 
@@ -209,14 +215,14 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
-def _bisected(ready: list[Ready]) -> list[Verdict]:
+def _bisected(ready: list[Ready], options: Mapping[str, Any]) -> list[Verdict]:
     """Runs cases together; where that fails, those that make it fail are alone."""
     try:
-        return run_together(ready)
+        return run_together(ready, options=options)
     except Exception as error:
         if len(ready) > 1:
             half = len(ready) // 2
-            return _bisected(ready[:half]) + _bisected(ready[half:])
+            return _bisected(ready[:half], options) + _bisected(ready[half:], options)
         if "negative padding" in str(error):  # only where XLA was asked to be quick
             return run_together(ready, options={})
         verdict = Verdict(ready[0].case, [_words(error)])

@@ -34,6 +34,7 @@ WITHOUT = {
     "variables of Flax's own experiments": {
         "get_variable", "new_variable", "set_variable",
     },
+    "forward derivatives that a function does not define": {"custom_lin"},
     "functions whose parts only JAX can call": {
         "custom_vmap_call", "mpmd_map", "xla_metadata_call",
     },

@@ -157,7 +157,10 @@ def test_a_dim_that_does_not_divide_names_the_parameter():
     with pytest.raises(InfeasibleError) as caught:
         search(step_with(("embed", "mlp"), ("mlp", "embed"), hidden=60), strategy)
     message = str(caught.value)
-    assert "dim 1 (mlp) of params/up, of size 60, is not divisible by 8" in message
+    assert (
+        "60, the size of dim 0 (mlp) of params/down and of dim 1 (mlp) of params/up, "
+        "is not divisible by 8 (tensor)"
+    ) in message
 
 
 def test_a_name_per_dim_is_required():

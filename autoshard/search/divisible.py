@@ -1,0 +1,182 @@
+"""What must divide for a candidate to be one, and which dims keep others from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoshard.cost.price import Pricer, axes_of
+from autoshard.ir.mesh import AXES
+from autoshard.plan.sharded import Dims, ShardedProgram
+
+_SMALL = 1 / 100
+"""State leaves below this part of all state may stay whole where nothing divides."""
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """One thing that every candidate must meet.
+
+    Attributes:
+        met: Whether a candidate does, bool[candidate].
+        ways: How many parts are asked for, int64[candidate].
+        axes: The mesh axes whose sizes make that number.
+        words: What was asked of what, up to the number; empty if another demand says
+            it.
+    """
+
+    met: np.ndarray
+    ways: np.ndarray
+    axes: tuple[str, ...]
+    words: Callable[[], str]
+
+
+def divisible(
+    pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
+) -> np.ndarray:
+    """Which candidates divide every dim they shard.
+
+    Args:
+        pricer: Of the structure.
+        sizes: Mesh sizes, int64[candidate, axis].
+        cuts: Microbatches, int64[candidate].
+        batch: Size of the batch; 0 if there is none.
+
+    Returns:
+        bool[candidate].
+    """
+    fits = np.ones(len(sizes), dtype=bool)
+    for demand in _demands(pricer, sizes, cuts, batch):
+        fits &= demand.met
+    return fits
+
+
+def what_fails(
+    pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
+) -> dict[str, int]:
+    """In words, what does not divide, and for how many of the same candidates."""
+    found: dict[str, int] = {}
+    for demand in _demands(pricer, sizes, cuts, batch):
+        failing = ~demand.met
+        words = demand.words() if failing.any() else ""
+        if words:
+            least = int(demand.ways[failing].min())
+            over = f" ({' x '.join(demand.axes)})" if demand.axes else ""
+            found[f"{words} {least}{over}"] = int(failing.sum())
+    return found
+
+
+def _demands(
+    pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
+) -> Iterator[_Demand]:
+    sharded = pricer.sharded
+
+    def product(axes: tuple[str, ...]) -> np.ndarray:
+        return sizes[:, [AXES.index(a) for a in axes]].prod(axis=1)
+
+    def pieces(axes: tuple[str, ...]) -> Callable[[], str]:
+        along = " microbatches and devices" if axes else " microbatches"
+        return lambda: f"the batch of {batch} is not divisible into{along}:"
+
+    for info, compute in zip(sharded.traced.inputs, sharded.compute, strict=True):
+        if info.state == "data" and info.shape and batch:
+            ways = product(compute[0])
+            met = batch % ways == 0
+            yield _Demand(
+                met,
+                ways,
+                compute[0],
+                lambda: f"the batch of {batch} is not divisible by",
+            )
+            yield _Demand(
+                ~met | (batch % (cuts * ways) == 0),
+                cuts * ways,
+                compute[0],
+                pieces(compute[0]),
+            )
+    for size, axes in sorted(sharded.divides):
+        ways = product(axes)
+        met = size % ways == 0
+        yield _Demand(met, ways, axes, _words(sharded, size, axes, "not divisible by"))
+    for size, axes in sorted(sharded.padded):  # every device must have something
+        ways = product(axes)
+        yield _Demand(
+            size >= ways, ways, axes, _words(sharded, size, axes, "smaller than")
+        )
+    yield from _storage(pricer, product)
+
+
+def _storage(
+    pricer: Pricer, product: Callable[[tuple[str, ...]], np.ndarray]
+) -> Iterator[_Demand]:
+    """A large state leaf must find a dim for its storage axes; a small one may stay."""
+    sharded, program = pricer.sharded, pricer.program
+    total = sum(program.values[v].bytes_ for v in program.inputs)
+    for value, compute, info in zip(
+        program.inputs, sharded.compute, sharded.traced.inputs, strict=True
+    ):
+        extra = tuple(sorted(axes_of(sharded.specs[value]) - axes_of(compute)))
+        if not extra or program.values[value].bytes_ < total * _SMALL:
+            continue
+        classes = sharded.classes
+        ways = product(extra)
+        some = np.zeros(len(ways), dtype=bool)
+        for d, size in enumerate(program.values[value].shape):
+            names = classes.names.get(classes.of_value[value][d], ())
+            if "layers" not in names:
+                some |= size % (product(compute[d]) * ways) == 0
+        path = info.path
+        yield _Demand(
+            some,
+            ways,
+            extra,
+            lambda path=path: f"no dim of {path} is divisible further, by",
+        )
+
+
+def _words(
+    sharded: ShardedProgram, size: int, axes: tuple[str, ...], verb: str
+) -> Callable[[], str]:
+    """Names the dims of a size that are over some axes: of arguments, or of an op."""
+
+    def words() -> str:
+        inputs = [
+            (info, d)
+            for info, dims in zip(sharded.traced.inputs, sharded.compute, strict=True)
+            for d, dim in enumerate(dims)
+            if (info.shape[d], dim) == (size, axes)
+        ]
+        found = []
+        for info, d in inputs:
+            name = f" ({info.logical[d]})" if info.logical[d] else ""
+            if info.state == "params" or (info.state, d > 0) == ("data", True):
+                found.append(f"of dim {d}{name} of {info.path}")
+        if not found and any(info.state == "data" for info, _ in inputs):
+            return ""  # the batch
+        found = found or [f"of dim {d} of {info.path}" for info, d in inputs]
+        found = found or [_made(sharded, size, axes)]
+        more = [f"of {len(found) - 2} more"] if len(found) > 3 else []
+        places = " and ".join(found[:2] + (more or found[2:]))
+        return f"{size}, the size {places}, is {verb}"
+
+    return words
+
+
+def _made(sharded: ShardedProgram, size: int, axes: tuple[str, ...]) -> str:
+    """The op that makes, or goes over, a dim of a size over some axes."""
+
+    def has(shape: tuple[int, ...], spec: Dims) -> bool:
+        return (size, axes) in zip(shape, spec, strict=True)
+
+    program, rules = sharded.traced.program, sharded.classes.rules
+    for op in program.ops:
+        made = ((program.values[v].shape, sharded.specs[v]) for v in op.outputs)
+        if any(has(*one) for one in made) or has(
+            rules[op.index].sizes, sharded.factor_axes[op.index]
+        ):
+            return f"of a dim of {op.address}" + (
+                f" at {op.source}" if op.source else ""
+            )
+    return "of a dim"
