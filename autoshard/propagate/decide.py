@@ -14,10 +14,10 @@ from autoshard.propagate.project import (
     runs_with,
     spec_of,
 )
+from autoshard.propagate.sound import sound
 from autoshard.propagate.sums import Role, Sums, find_sums
 from autoshard.propagate.wants import Wants
 from autoshard.rules import FactorRule
-from autoshard.rules.foreign import runs_by_parts
 
 _INWARDS = ("slice", "carry_out", "branch_in")
 """Links whose target takes the spec of its source."""
@@ -139,7 +139,7 @@ class Decisions:
                 axes = self._op_axes(op, rule)
         else:
             axes = self._op_axes(op, rule)
-        axes = self._unpadded(op, rule, axes)
+        axes = sound(op, rule, axes, self.layout)
         if natural is None:
             natural = natural_dims(rule, axes)
         pins: list[str] = []
@@ -154,23 +154,6 @@ class Decisions:
             pins.append("out0")
         return Outcome(
             axes, tuple(specs), tuple(kept), tuple(free), tuple(reshards), tuple(pins)
-        )
-
-    def _unpadded(self, op: Op, rule: FactorRule, axes: Dims) -> Dims:
-        """Without axes that do not divide, where sizes are known and nothing pads.
-
-        The parts of a `shard_map` are equal. Where the updates of a scatter are padded,
-        the partitioner may add up the padding, too (seen with JAX 0.10.2 on a mesh with
-        one more axis).
-        """
-        alone = runs_by_parts(op, rule)
-        if not alone and rule.op_kind != "scatter":
-            return axes
-        return tuple(
-            wanted
-            if size % self.layout.size(wanted) == 0 or not (alone or kind == "reduce")
-            else ()
-            for size, wanted, kind in zip(rule.sizes, axes, rule.kinds, strict=True)
         )
 
     def _divides(self, rule: FactorRule, axes: Dims) -> bool:

@@ -44,7 +44,7 @@ def constraints(
         if _needs_whole(sharded, reshard, sizes):
             pinned[address, reshard.slot.replace("out", "sum")] = reshard.source
     _pin_foreign(sharded, pinned)
-    _pin_reversed(sharded, pinned)
+    _pin_kernels(sharded, pinned)
     for index, slot in sharded.pins:
         k = int(slot.removeprefix("in").removeprefix("out"))
         if slot.startswith("in"):
@@ -107,25 +107,26 @@ def _pin_foreign(sharded: ShardedProgram, pinned: _Pins) -> None:
                 pinned[op.address, f"in{k}"] = spec_of(dims, axes)
 
 
-def _pin_reversed(sharded: ShardedProgram, pinned: _Pins) -> None:
-    """Keeps a kernel that is reversed apart from the windows that it slides over.
+def _pin_kernels(sharded: ShardedProgram, pinned: _Pins) -> None:
+    """Keeps kernels as they are where the windows they slide over are divided.
 
-    Else XLA makes one op of both before it partitions, and that goes wrong where a
-    device's part is as small as what it needs of its neighbours (seen with JAX 0.10.2,
-    in the gradient of a convolution).
+    Else XLA divides a kernel like its windows, or reverses it within the convolution,
+    and computes wrongly where a part is smaller than a window and some mesh axis does
+    nothing (seen with JAX 0.10.2).
     """
-    ops, rules = sharded.traced.program.ops, sharded.classes.rules
-    for op, rule, axes in zip(ops, rules, sharded.factor_axes, strict=True):
-        if op.primitive != "conv_general_dilated" or not any(
-            kind == "shift" and used
-            for kind, used in zip(rule.kinds, axes, strict=True)
-        ):
+    for op, rule, axes in zip(
+        sharded.traced.program.ops,
+        sharded.classes.rules,
+        sharded.factor_axes,
+        strict=True,
+    ):
+        if op.primitive != "conv_general_dilated":
             continue
-        for value in op.inputs:
-            producer = sharded.traced.program.values[value].producer
-            if producer >= 0 and ops[producer].primitive == "rev":
-                address = ops[producer].address
-                pinned.setdefault((address, "out0"), sharded.specs[value])
+        slid = {f for f, kind in enumerate(rule.kinds) if kind == "shift" and axes[f]}
+        for k, (value, dims) in enumerate(zip(op.inputs, rule.operands, strict=True)):
+            made = op.region or sharded.traced.program.values[value].producer >= 0
+            if slid and made and not any(slid.intersection(dim) for dim in dims):
+                pinned.setdefault((op.address, f"in{k}"), spec_of(dims, axes))
 
 
 def _enters_remat(sharded: ShardedProgram, reshard: Reshard) -> bool:
@@ -199,24 +200,32 @@ def _hold(sharded: ShardedProgram, pinned: _Pins) -> None:
     program = sharded.traced.program
     moves: dict[int, dict[tuple[str, str], Reshard]] = {}
     for reshard in sharded.reshards:
-        if reshard.op != OUTPUT and reshard.slot.startswith("in") and _leaves(reshard):
+        if reshard.op != OUTPUT and reshard.slot.startswith("in"):
             at = program.ops[reshard.op].address, reshard.slot
             moves.setdefault(reshard.value, {})[at] = reshard
-    others: dict[int, tuple[str, str]] = {}
+    others: dict[int, dict[int, tuple[str, str]]] = defaultdict(dict)
     for op in program.ops:
         for k, value in enumerate(op.inputs):
             at = op.address, f"in{k}"
             if value in moves and at not in moves[value]:
-                others.setdefault(value, at)
+                others[value].setdefault(op.region, at)
     for value, moved in moves.items():
+        if value in sharded.free:
+            continue  # constants have no spec to keep
         producer = program.values[value].producer
-        if producer < 0 or value in sharded.stored or value in sharded.free:
-            continue  # what lies in memory keeps its spec; constants have none
+        here = program.ops[producer].region if producer >= 0 else 0
+        # What a loop takes from outside has a spec of its own in there.
+        for region in {program.ops[r.op].region for r in moved.values()} - {here}:
+            if region in others[value]:
+                pinned.setdefault(others[value][region], sharded.specs[value])
+        leaving = {r.target for r in moved.values() if _leaves(r)}
+        if producer < 0 or value in sharded.stored:
+            continue  # what lies in memory keeps its spec
         op = program.ops[producer]
         made = op.address, f"out{op.outputs.index(value)}"
-        alike = len({reshard.target for reshard in moved.values()}) == 1
-        if alike and made not in pinned:
-            pinned.setdefault(others.get(value, made), sharded.specs[value])
+        if len(leaving) == 1 and made not in pinned:
+            elsewhere = next(iter(others[value].values()), made)
+            pinned.setdefault(elsewhere, sharded.specs[value])
 
 
 def _guard(sharded: ShardedProgram, pinned: _Pins) -> None:

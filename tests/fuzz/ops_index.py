@@ -165,7 +165,7 @@ def _scatter_run(
         updates = 1 + 0.2 * jnp.tanh(updates)
     place = (slice(None),) * axis + (index,)
     kwargs = {"mode": "promise_in_bounds"} if how == "set" else {"mode": "drop"}
-    return getattr(x.at[place], how)(updates, **kwargs)
+    return getattr(jnp.asarray(x).at[place], how)(updates, **kwargs)
 
 
 @draws("dynamic")

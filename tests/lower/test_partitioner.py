@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import autoshard as ash
 from autoshard.plan.schema import Strategy
@@ -25,22 +26,38 @@ def normal(*dims):
     return np.random.default_rng(sum(dims)).normal(size=dims).astype("float32")
 
 
-def test_a_convolution_with_a_reversed_kernel():
-    # The gradient by the input of a convolution; each device has one position, and
-    # needs one of either neighbour. XLA alone is wrong where a mesh axis does nothing.
-    def fn(kernel, cotangent):
-        cotangent = ash.annotate(cotangent, None, None, "length")
+@pytest.mark.parametrize("made", [lambda w: jax.lax.rev(w, (1,)), jnp.cos])
+def test_a_convolution_over_parts_smaller_than_its_window(made):
+    # Each device has one position, and needs one of either neighbour. Reversed is the
+    # kernel of the gradient by the input.
+    def fn(kernel, x):
+        x = ash.annotate(x, None, None, "length")
         numbers = jax.lax.ConvDimensionNumbers((1, 0, 2), (2, 0, 1), (0, 2, 1))
-        given = jax.lax.conv_general_dilated(
-            cotangent, jax.lax.rev(kernel, (1,)), (1,), [(1, 1)], None, None, numbers
+        y = jax.lax.conv_general_dilated(
+            x, made(kernel), (1,), [(1, 1)], dimension_numbers=numbers
         )
-        return ash.annotate(given, None, "length", None)
+        return ash.annotate(y, None, "length", None)
 
-    mesh = {"data": 2, "tensor": 2}
-    args = normal(4, 3, 3), normal(4, 2, 2)
+    mesh = {"data": 4, "tensor": 2}
+    args = normal(1, 3, 1), normal(1, 2, 2)
     plan, difference = both(fn, *args, mesh=mesh, length=["tensor"])
     assert difference < 1e-5
     assert [c.kind for c in plan.predicted.collectives] == ["permute"] * 2
+
+
+def test_a_convolution_over_two_parts_and_its_output_channels():
+    def fn(kernel, x):
+        kernel = ash.annotate(jnp.cos(kernel), None, None, "channels")
+        x = ash.annotate(x, "batch", "length", None)
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+        return ash.annotate(y, "batch", "length", "channels")
+
+    mesh = {"data": 1, "expert": 2, "tensor": 2}
+    rules = {"batch": ["data"], "channels": ["expert"], "length": ["tensor"]}
+    _, difference = both(fn, normal(3, 4, 4), normal(4, 16, 4), mesh=mesh, **rules)
+    assert difference < 1e-5
 
 
 def odd(x):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from propagate.programs import shape
@@ -45,3 +46,28 @@ def test_axes_of_one_device_are_in_no_spec(product):
 def test_what_moves_over_one_device_only_is_not_pinned(product):
     assert product.reshards
     assert pins(product, data=8, tensor=1) == set()
+
+
+def test_what_a_loop_takes_whole_and_divided_is_pinned_where_it_is_whole():
+    # XLA gives it one spec for all of the loop.
+    def fn(w, x):
+        def body(x, _):
+            return jnp.tanh(x @ w), w.argmin(axis=0)
+
+        return jax.lax.scan(body, x, None, length=3)
+
+    traced = trace(fn, [shape(8, 8), shape(4, 8)])
+    least = traced.program.outputs[1]
+    seeds = (
+        Seed(traced.program.inputs[0], ((), ()), "test", "w"),
+        Seed(least, (None, TENSOR), "test", "least"),
+    )
+    traced = replace(traced, seeds=seeds)
+    sharded = propagate(traced, find_classes(traced), Layout(rules=()))
+    taken = {
+        c.address: str(c.spec)
+        for c in constraints(sharded, {"tensor": 2})
+        if c.slot in ("in0", "in1")
+    }
+    assert taken["scan#0/argmin#0"] == "Spec[-, tensor]"
+    assert taken["scan#0/dot_general#0"] == "Spec[-, -]"
