@@ -39,7 +39,7 @@ LAYOUTS = {
 STEPS = {
     "mlp": lambda: (mlp_step(), shape(BATCH, 128, 32)),
     "stacked": lambda: (stacked_step(), shape(BATCH, 128, 32)),
-    "decoder": lambda: (make_step("llama3-tiny", scan=True), abstract_batch()),
+    "decoder": lambda: (make_step("llama3-tiny", scan=True), abstract_batch(BATCH)),
 }
 
 

@@ -42,8 +42,8 @@ def make_step(name: str, *, scan: bool):
     )
 
 
-def abstract_batch():
-    leaf = jax.ShapeDtypeStruct((BATCH, SEQ), jnp.int32)
+def abstract_batch(size=BATCH):
+    leaf = jax.ShapeDtypeStruct((size, SEQ), jnp.int32)
     return {"tokens": leaf, "targets": leaf}
 
 
