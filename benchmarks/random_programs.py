@@ -49,9 +49,21 @@ def arguments() -> argparse.Namespace:
         metavar="FILE",
         help="what is done so far; removed to begin anew",
     )
+    parser.add_argument(
+        "--parts",
+        type=numbers,
+        metavar="A,B-C",
+        help=f"these parts of {PART} programs alone, in a record of their own",
+    )
     parser.add_argument("--part", type=int, nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--as-usual", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    """Reads `3,5-7` as 3, 5, 6, 7."""
+    ends = [[int(end) for end in each.split("-")] for each in text.split(",")]
+    return [n for each in ends for n in range(each[0], each[-1] + 1)]
 
 
 # -- one part, in a process of its own ---------------------------------------------
@@ -172,6 +184,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         rows = [json.loads(line) for line in args.state.read_text().splitlines()]
     rows = [row for row in rows if row["sources"] == version]
     count = -(-args.count // PART)
+    asked = args.parts or list(range(count))
     done = {row["part"] for row in rows}
     lock = threading.Lock()
 
@@ -189,9 +202,12 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
 
     with ThreadPoolExecutor(args.workers) as pool:
         # Programs that XLA cannot run do not count: some parts more make up for them.
-        list(pool.map(one, [p for p in range(count) if p not in done]))
+        list(pool.map(one, [p for p in asked if p not in done]))
         extra = count
-        while added([row["found"] for row in rows])["programs"] < args.count:
+        while (
+            not args.parts
+            and added([row["found"] for row in rows])["programs"] < args.count
+        ):
             if extra not in done:
                 one(extra)
             extra += 1
@@ -206,6 +222,12 @@ def main() -> None:
         return
     start = _record.begin()
     total = run_all(args)
+    name = f"{NAME}_parts" if args.parts else NAME
+    which = (
+        ["--parts", ",".join(map(str, args.parts))]
+        if args.parts
+        else ["--count", args.count]
+    )
     ops = {int(n): count for n, count in total.pop("ops", {}).items()}
     failures = total.pop("failures")
     figures = {
@@ -220,11 +242,11 @@ def main() -> None:
     figures.pop("duration_s")
     _record.write(
         args.into,
-        NAME,
+        name,
         what=" ".join(__doc__.split("\n\n")[1].split()),
-        command=f"python benchmarks/{NAME}.py --count {args.count}",
+        command=" ".join(map(str, [f"python benchmarks/{NAME}.py", *which])),
         figures=figures,
-        passed=not failures and total["programs"] >= args.count,
+        passed=not failures and bool(args.parts or total["programs"] >= args.count),
         start=start,
     )
     sys.exit(bool(failures))

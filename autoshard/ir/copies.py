@@ -153,9 +153,6 @@ class Finder:
         results = flat.made[low:high]
         used = flat.consumers[results]
         used_two = flat.consumers[flat.made[low + step : high + step]]
-        if len(used) != len(used_two):  # copies of one block make as many results
-            none = np.zeros(0, dtype=np.int64)
-            return np.arange(begin, end - period), none, none
         return (
             np.unique(np.concatenate(hard)),
             np.unique(ops[~alike & entry]),

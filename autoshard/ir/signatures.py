@@ -104,7 +104,8 @@ def flatten(program: Program) -> Flat:
     # Types are mixed into a hash here; who relies on equal codes compares them exactly.
     mixed = mix(primitive) + mix(np.diff(operands[0])) * _ODD
     np.add.at(mixed, operand_op, hashed(kinds[operands[1]], _places(operands[0])))
-    after = _places(results[0]) + _RESULTS
+    # What another op makes, this one takes: so do all that are like it.
+    after = _places(results[0]) + np.where(own, _RESULTS, 2 * _RESULTS)
     np.add.at(mixed, result_op, hashed(kinds[results[1]], after))
     code = _numbered(mixed)
     consumers = np.zeros(len(producer), dtype=np.uint64)

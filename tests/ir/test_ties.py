@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fuzz.laws import reordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 from autoshard.ir.program import build
 from autoshard.ir.ties import find_blocks
@@ -702,3 +705,26 @@ def test_random_programs_are_tied_soundly(
     call = jax.grad(fn) if gradient and needed else fn
     program = program_of(call, [jnp.ones(4)] * needed, jnp.ones(4))
     assert_sound(program, find_blocks(program))
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize(
+    ("branches", "looped"),
+    [([[1, 0], [1, 1]], True), ([[0, 0], [1, 0]], False), ([[2, 2, 2]], True)],
+)
+def test_branches_and_loops_in_any_order_of_visiting(branches, looped, seed):
+    """A branch takes what another one made, and a loop what comes later."""
+
+    def choose(which, *xs):
+        kept = [lambda *a, p=p: tuple(a[j] for j in p) for p in branches]
+        return lax.switch(which, kept, *xs)
+
+    def fn(which, *xs):
+        def body(c, _):
+            return tuple(map(jnp.sin, choose(which, *c))), None
+
+        return lax.scan(body, xs, None, length=3)[0] if looped else choose(which, *xs)
+
+    xs = [jnp.ones(8)] * len(branches[0])
+    other = reordered(trace(fn, [jnp.int32(0), *xs]), random.Random(seed))
+    assert_sound(other.traced.program, other.traced.blocks)
