@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoshard.cost.collectives import LINK_EFFICIENCY, Meshes
+from autoshard.cost.collectives import Meshes
+from autoshard.cost.network import LINK_EFFICIENCY
 from autoshard.cost.price import Step, steps_of
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import cluster

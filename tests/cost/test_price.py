@@ -20,7 +20,7 @@ from propagate.programs import (
 )
 
 from autoshard.cost import Pricer, estimate, model_flops
-from autoshard.cost.collectives import LINK_EFFICIENCY
+from autoshard.cost.network import LINK_EFFICIENCY
 from autoshard.cost.price import HBM_EFFICIENCY, MATMUL_EFFICIENCY
 from autoshard.cost.work import analyse
 from autoshard.ir.annotate import annotate
