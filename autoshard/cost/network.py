@@ -14,9 +14,9 @@ word of data (NCCL's LL protocol), at half of the rate, large ones without (Hu e
 On GPUs an all-reduce is the fastest of (as NCCL chooses, src/graph/tuning.cc):
 
 - ring: 2 (n - 1) steps; every link passes on 2 S (n - 1) / n bytes (Patarasuk and Yuan
-  2009, doi:10.1016/j.jpdc.2008.09.002). Through several nodes as many network cards
-  work as the group has members in each, and all steps keep the pace of the slowest
-  link;
+  2009, doi:10.1016/j.jpdc.2008.09.002). Through several nodes there are as many rings,
+  and network cards at work, as the group has members in each; all steps keep the pace
+  of the slowest link;
 - tree, which is hierarchical: a chain in each node and a double binary tree over the
   nodes (Sanders et al. 2009, doi:10.1016/j.parco.2009.09.001), 2 log2(nodes) steps of
   the network; the nodes of a tree send their buffer up and down, 2 S bytes;
@@ -230,14 +230,15 @@ def _node_time_s(kind: str, bytes_: Vector, group: Group, fabric: Fabric) -> Vec
         leaving = bytes_ * (1 - inside / members) * outer
         staying = bytes_ * (inside - 1) / members * inner
         return np.maximum(leaving, staying) + (inside - 1) * near + (outside - 1) * far
-    alone = np.where(inside > 1, inner, 0.0)
+    # Of several rings, each leaves the node from another chip, over that chip's card.
+    alone = inner * np.where(outside > 1, (inside - 1) / inside, 1.0)
     cards = np.where(outside > 1, outer / inside, 0.0)
     step = np.where(outside > 1, np.maximum(near, far), near)
     ring = bytes_ * (members - 1) / members * np.maximum(alone, cards)
     ring = ring + (members - 1) * step
     if kind != "all_reduce":
         return ring
-    node = 2 * bytes_ * alone
+    node = 2 * bytes_ * (inside - 1) / inside * inner
     switch = np.asarray(fabric.switch_efficiency, dtype=np.float64)
     adds = (switch > 0) & (inside > 1)
     rate = fabric.inner_bytes_per_s * np.where(adds, switch, 1.0)
