@@ -22,6 +22,7 @@ figures of a `Link`, each of them measured.
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -164,6 +165,9 @@ class ChipType(Model):
         hbm_bytes_per_s: Its bandwidth.
         links: Levels of the network, innermost first.
         default_shape: The shape taken when none is asked for.
+        matmul_efficiency: Share of `peak_flops_per_s` that large products reach on
+            average; absent where the cost model's own is to be taken.
+        hbm_efficiency: The same of `hbm_bytes_per_s`.
 
     >>> load_type("v5p").links[0].torus_dims
     3
@@ -178,6 +182,8 @@ class ChipType(Model):
     hbm_bytes_per_s: Figure
     links: tuple[Link, ...]
     default_shape: Shape | None = None
+    matmul_efficiency: Figure | None = None
+    hbm_efficiency: Figure | None = None
 
     @model_validator(mode="after")
     def _check_links(self) -> Self:
@@ -281,6 +287,33 @@ def _parse_type(data: dict[str, Any], where: str) -> ChipType:
             'hbm_bytes = { value = 80e9, source = "data sheet" }. The files that '
             f"autoshard ships ({', '.join(names())}) are examples."
         ) from e
+
+
+def to_toml(chip: ChipType) -> str:
+    """A chip type as the text of a cluster file, which `load_type` reads.
+
+    >>> chip = load_type("v5e")
+    >>> _parse_type(tomllib.loads(to_toml(chip)), "v5e") == chip
+    True
+    """
+    data = chip.model_dump(mode="json", exclude_none=True)
+    links, tables = data.pop("links"), {"peak_flops_per_s": data["peak_flops_per_s"]}
+    del data["peak_flops_per_s"]
+    lines = [f"{key} = {_toml(value)}" for key, value in data.items()]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{k} = {_toml(v)}" for k, v in table.items())]
+    for link in links:
+        lines += ["", "[[links]]", *(f"{k} = {_toml(v)}" for k, v in link.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    # TOML writes text, numbers and truth as JSON does, but for the character DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def is_path(name: str) -> bool:
