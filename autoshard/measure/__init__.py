@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoshard.measure.calibrate import calibrate
+from autoshard.measure.describe import calibrate
 from autoshard.measure.effort import FULL, QUICK, Effort
 
 __all__ = ["FULL", "QUICK", "Effort", "calibrate"]

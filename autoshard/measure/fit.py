@@ -80,7 +80,6 @@ def fit_link(samples: Sequence[Sample], fabric: Fabric) -> LinkFigures:
     best = max(s.bytes_ / s.seconds for s in samples)
     shortest = min(s.seconds for s in samples)
     # Rate, step, launch, half-way piece, share of the switch: the bounds of each.
-    start = np.array([best, shortest / 4, shortest / 2, 1e3, 0.5])
     low = np.array([best / 1e3, 1e-10, 1e-10, 1.0, 0.01])
     high = np.array([best * 1e2, 1.0, 1.0, 1e9, 1.0])
     count = 5 if fabric.kind == "gpu" else 4
@@ -102,12 +101,26 @@ def fit_link(samples: Sequence[Sample], fabric: Fabric) -> LinkFigures:
         found = [float(time_s(s.kind, s.bytes_, s.group, one)) for s in samples]
         return np.log(found) - times
 
-    solved = least_squares(
-        errors,
-        np.log(np.clip(start, low * 1.01, high * 0.99))[:count],
-        bounds=(np.log(low)[:count], np.log(high)[:count]),
-        loss="soft_l1",
-        f_scale=TOLERANCE,
+    # The choice between ring and switch makes valleys; more than one start is needed.
+    starts = [
+        np.array([best, shortest / 4, shortest / 2, half, switch])
+        for half in (1e3, 1e6)
+        for switch in ((0.3, 0.8) if count == 5 else (0.5,))
+    ]
+    solved = min(
+        (
+            least_squares(
+                errors,
+                np.log(np.clip(start, low * 1.01, high * 0.99))[:count],
+                bounds=(np.log(low)[:count], np.log(high)[:count]),
+                loss="soft_l1",
+                f_scale=TOLERANCE,
+                xtol=1e-12,
+                ftol=1e-12,
+            )
+            for start in starts
+        ),
+        key=lambda found: found.cost,
     )
     found = made(solved.x)
     return LinkFigures(
