@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
-from autoshard.cost.network import Fabric, Group, time_s
+from autoshard.cost.network import Fabric, Group, Vector, time_s
 
 TOLERANCE = 0.3
 """Beyond an error of about this much a time counts less: it was disturbed."""
@@ -76,6 +77,9 @@ def fit_link(samples: Sequence[Sample], fabric: Fabric) -> LinkFigures:
     """
     from scipy.optimize import least_squares  # slow to import
 
+    samples = sorted(samples, key=lambda sample: sample.kind)
+    kinds = [list(of_kind) for _, of_kind in groupby(samples, lambda s: s.kind)]
+    columns = [(of[0].kind, _sizes(of), _together(of)) for of in kinds]
     times = np.log([s.seconds for s in samples])
     best = max(s.bytes_ / s.seconds for s in samples)
     shortest = min(s.seconds for s in samples)
@@ -98,8 +102,8 @@ def fit_link(samples: Sequence[Sample], fabric: Fabric) -> LinkFigures:
 
     def errors(x: np.ndarray) -> np.ndarray:
         one = made(x)
-        found = [float(time_s(s.kind, s.bytes_, s.group, one)) for s in samples]
-        return np.log(found) - times
+        found = [time_s(kind, sizes, group, one) for kind, sizes, group in columns]
+        return np.log(np.concatenate(found)) - times
 
     # The choice between ring and switch makes valleys; more than one start is needed.
     starts = [
@@ -131,3 +135,12 @@ def fit_link(samples: Sequence[Sample], fabric: Fabric) -> LinkFigures:
         switch_efficiency=float(found.switch_efficiency),
         error=float(np.median(np.abs(np.expm1(errors(solved.x))))),
     )
+
+
+def _sizes(samples: Sequence[Sample]) -> Vector:
+    return np.array([sample.bytes_ for sample in samples])
+
+
+def _together(samples: Sequence[Sample]) -> Group:
+    names = [field.name for field in dataclasses.fields(Group)]
+    return Group(**{n: np.array([getattr(s.group, n) for s in samples]) for n in names})
