@@ -135,7 +135,8 @@ class Group:
             `inside - 1` where it is 0.
         crossing: tpu: buffers that cross the busiest link in an exchange: the most, of
             all dims, of n / 8 (closed) and n / 4 (open) for n members along the dim,
-            times the groups between each other; taken as `inside / 4` where it is 0.
+            times the groups between each other; taken as that of an open line where it
+            is 0.
         stride: tpu: links between a member and the next, which as many groups share.
         sharers: Collectives that run at the same time over the same links, this one
             included.
@@ -268,7 +269,9 @@ def _torus_time_s(kind: str, bytes_: Vector, group: Group, fabric: Fabric) -> Ve
         near = (bytes_ * link + fabric.inner_latency_s) * group.stride
         return np.where(outside > 1, bytes_ * outer + fabric.outer_latency_s, near)
     if kind == "all_to_all":
-        crossing = np.where(np.asarray(group.crossing) > 0, group.crossing, inside / 4)
+        # Devices of one host copy from any other.
+        line = inside / 4 if fabric.kind == "tpu" else (inside - 1) / inside
+        crossing = np.where(np.asarray(group.crossing) > 0, group.crossing, line)
         within = np.where(inside > 1, bytes_ / outside * crossing * link, 0.0)
         leaving = bytes_ * (1 - 1 / outside) * outer
         return np.maximum(within, leaving) + hops + far

@@ -157,6 +157,8 @@ def test_a_shift_on_a_torus_takes_one_link():
 def test_virtual_devices_of_a_host():
     got = seconds("cpu:8", "all_gather", ["data"], data=8)
     assert got == pytest.approx(ring(8, LINK_EFFICIENCY * 5e9, 7 * 10e-6))
+    # Any device copies from any other: an exchange takes as long as a gather.
+    assert seconds("cpu:8", "all_to_all", ["expert"], expert=8) == pytest.approx(got)
 
 
 def test_an_exchange_in_a_node_keeps_its_own_part():
