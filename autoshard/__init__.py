@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import autoshard.report  # noqa: F401 - registers how a plan is printed
 from autoshard.api import (
+    calibrate,
     check_rules,
     cluster,
     load_plan,
@@ -44,6 +45,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "annotate",
+    "calibrate",
     "check_rules",
     "cluster",
     "load_plan",

@@ -7,6 +7,7 @@ propagate    Traced, classes, layout        ->  ShardedProgram
 price        ShardedProgram, meshes         ->  Prices
 search       TrainStep, cluster, strategy   ->  Plan
 parallelize  TrainStep, Plan                ->  ParallelStep
+calibrate    devices                        ->  Cluster
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -28,10 +30,12 @@ from flax import nnx
 
 from autoshard import models
 from autoshard.ir.annotations.paths import SpecMap
-from autoshard.ir.errors import InputError, NameUnknownError
+from autoshard.ir.errors import InputError, NameUnknownError, OutputError
 from autoshard.ir.trace import trace
 from autoshard.ir.train_step import TrainStep, train_step
 from autoshard.lower import ParallelFunction, ParallelStep, parallelize
+from autoshard.measure import FULL, QUICK, Effort
+from autoshard.measure import calibrate as measure
 from autoshard.plan.cluster import Cluster, cluster
 from autoshard.plan.cluster import names as cluster_names
 from autoshard.plan.files import (
@@ -39,6 +43,7 @@ from autoshard.plan.files import (
     load_plan,
     load_strategy,
     save_plan,
+    save_type,
     strategy_names,
 )
 from autoshard.plan.schema import ModelRef, Plan, Strategy
@@ -345,6 +350,74 @@ def check_rules(fn: Callable[..., Any], *abstract_args: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reason for each in skipped for reason in each))
 
 
+def calibrate(
+    output: str | Path | None = None,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    quick: bool = False,
+    overwrite: bool = False,
+    devices: Sequence[Any] | None = None,
+    effort: Effort | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Cluster:
+    """Measures this host's devices and describes them as a cluster.
+
+    Matrix products per dtype, memory, and collectives over all devices are timed, all
+    devices at work. What one host cannot show (the network between hosts, the memory of
+    an accelerator, the limits of a torus) is taken from a chip type of the catalogue,
+    and each figure's source says which it is.
+
+    Args:
+        output: A cluster file to write, for `cluster("./mine.toml:8")`.
+        name: Of the chip type; the file's, or made from the kind of the devices.
+        base: The chip type to take from; found by the kind of the devices when None.
+        quick: Fewer and smaller measurements.
+        overwrite: Whether the file may exist already.
+        devices: Of this host; all of this process's when None.
+        effort: What is measured and how long, in place of `quick`.
+        log: Called with each result in words.
+
+    Returns:
+        The devices as a cluster.
+
+    Raises:
+        InputError: There is no device, no chip type to take from, or the times cannot
+            be told from noise.
+        OutputError: The file exists or cannot be written. Nothing was measured then.
+
+    >>> from autoshard.measure import QUICK
+    >>> tiny = dataclasses.replace(
+    ...     QUICK, min_s=1e-3, cpu_matmul_sizes=(16,), cpu_stream_bytes=4096,
+    ...     message_bytes=(1024, 8192))
+    >>> here = calibrate(effort=tiny)
+    >>> here.kind, here.num_chips == jax.local_device_count()
+    ('cpu', True)
+    """
+    if output is not None:
+        check_writable(output)
+        if Path(output).exists() and not overwrite:
+            raise OutputError(
+                f"cannot write {output}: the file exists; name another one, or say "
+                "that it may be overwritten (--overwrite)."
+            )
+        if not str(output).endswith(".toml"):
+            raise OutputError(
+                f"cannot write {output}: the name of a cluster file ends in .toml."
+            )
+        name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(output).stem)
+    found = measure(
+        devices,
+        name=name,
+        base=base,
+        effort=effort or (QUICK if quick else FULL),
+        log=log,
+    )
+    if output is not None:
+        save_type(found.chip, output)
+    return found
+
+
 def model_names() -> list[str]:
     """Names of the models of the zoo.
 
@@ -365,6 +438,7 @@ __all__ = [
     "Resolved",
     "Strategy",
     "TrainStep",
+    "calibrate",
     "check_rules",
     "check_writable",
     "cluster",

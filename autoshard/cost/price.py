@@ -193,7 +193,12 @@ class Pricer:
 
     def _compute(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector]:
         cluster, work = meshes.cluster, self.work
-        rate = cluster.hbm_bytes_per_s * HBM_EFFICIENCY
+        chip = cluster.chip
+        share = chip.hbm_efficiency.value if chip.hbm_efficiency else HBM_EFFICIENCY
+        rate = cluster.hbm_bytes_per_s * share
+        share = MATMUL_EFFICIENCY
+        if chip.matmul_efficiency:
+            share = chip.matmul_efficiency.value
         matmul, other = np.zeros(len(meshes)), np.zeros(len(meshes))
         for op, rule, axes in zip(
             self.program.ops,
@@ -216,7 +221,7 @@ class Pricer:
                 if work.batched_op[op.index]:
                     flops = flops / cuts
                 dtype = product_dtype(self.program, op)
-                peak = cluster.peak_flops_per_s(dtype) * MATMUL_EFFICIENCY
+                peak = cluster.peak_flops_per_s(dtype) * share
                 matmul += repeats * np.maximum(flops / peak, traffic)
             else:
                 other += repeats * traffic

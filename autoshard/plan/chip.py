@@ -3,7 +3,9 @@
 A chip type is one TOML file in `catalogue/`. Every figure in it is an inline table of
 a value and of where the value was published, so that a prediction can be traced to a
 data sheet. To add a chip, add a file: nothing here names one. A file of one's own,
-given by its path, is read by the same schema.
+given by its path, is read by the same schema. A chip in another system is a file with
+`base = "h100"`, which takes over every field, and every level of `links`, that it does
+not give.
 
 Three kinds of network are told apart, by the levels of `links`, innermost first:
 
@@ -13,12 +15,14 @@ Three kinds of network are told apart, by the levels of `links`, innermost first
 - `cpu`: "host" (virtual devices that share memory).
 
 Bandwidths are of one direction, and per chip; of "ici", per link. All are peaks as
-published: what is reached in practice is for the cost model to say.
+published; what is reached in practice is said by `efficiency` and the other optional
+figures of a `Link`, each of them measured.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -43,6 +47,11 @@ LEVELS: dict[Kind, tuple[Level, ...]] = {
     "gpu": ("node", "network"),
     "tpu": ("ici", "dcn"),
     "cpu": ("host",),
+}
+_LEVELS_OF: dict[str, tuple[Level, ...]] = {
+    "launch_s": ("node", "ici", "host"),
+    "switch_efficiency": ("node",),
+    "congestion": ("network", "dcn"),
 }
 _Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
@@ -77,6 +86,15 @@ class Link(Model):
         level: What the link joins; see the module's docstring.
         bytes_per_s: One direction, per chip; at level "ici", per link.
         latency_s: Of one hop, or of one step of a ring.
+        efficiency: Share of `bytes_per_s` that large messages reach; at level
+            "network", between two nodes.
+        half_bytes: A rank's piece of the buffer at which its rate is half-way from that
+            of small messages to that of large ones.
+        launch_s: At the innermost level only: time of a collective that moves nothing.
+        switch_efficiency: At level "node" only: share of `bytes_per_s` at which the
+            switch itself adds (NVLink SHARP); absent where it cannot.
+        congestion: At level "network" or "dcn" only: N > 2 nodes get
+            (2 / N) ** congestion of the rate of two.
         torus_dims: At level "ici" only: how many dims the torus has.
         max_shape: At level "ici" only: the largest torus there is.
         wrap_multiple: At level "ici" only: a dim that is a multiple of this is a ring.
@@ -90,11 +108,29 @@ class Link(Model):
     level: Level
     bytes_per_s: Figure
     latency_s: Figure
+    efficiency: Figure | None = None
+    half_bytes: Figure | None = None
+    launch_s: Figure | None = None
+    switch_efficiency: Figure | None = None
+    congestion: Figure | None = None
     torus_dims: Literal[2, 3] | None = None
     max_shape: Shape | None = None
     wrap_multiple: PositiveInt | None = None
     wrap_whole: bool | None = None
     torus_source: _Text | None = None
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        for name in ("efficiency", "switch_efficiency"):
+            share = getattr(self, name)
+            if share is not None and share.value > 1:
+                raise ValueError(f"{name} is {share.value}; it is a share of the peak")
+        for name, levels in _LEVELS_OF.items():
+            if getattr(self, name) is not None and self.level not in levels:
+                raise ValueError(
+                    f'{name} is not used in the link of level "{self.level}"'
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_torus(self) -> Self:
@@ -129,6 +165,9 @@ class ChipType(Model):
         hbm_bytes_per_s: Its bandwidth.
         links: Levels of the network, innermost first.
         default_shape: The shape taken when none is asked for.
+        matmul_efficiency: Share of `peak_flops_per_s` that large products reach on
+            average; absent where the cost model's own is to be taken.
+        hbm_efficiency: The same of `hbm_bytes_per_s`.
 
     >>> load_type("v5p").links[0].torus_dims
     3
@@ -143,6 +182,8 @@ class ChipType(Model):
     hbm_bytes_per_s: Figure
     links: tuple[Link, ...]
     default_shape: Shape | None = None
+    matmul_efficiency: Figure | None = None
+    hbm_efficiency: Figure | None = None
 
     @model_validator(mode="after")
     def _check_links(self) -> Self:
@@ -196,6 +237,11 @@ def load_type(name_or_path: str) -> ChipType:
             f"{', '.join(names())}; a file of your own is given by its path, as in "
             "./mine.toml:64."
         )
+    return _parse_type(_read(file, where), where)
+
+
+def _read(file: Any, where: str) -> dict[str, Any]:
+    """The document of a chip type, with what it takes over from its `base`."""
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
@@ -204,7 +250,21 @@ def load_type(name_or_path: str) -> ChipType:
         ) from e
     except ValueError as e:  # tomllib's error and the one of text that is not UTF-8
         raise InputError(f"The cluster file {where} is not TOML: {e}.") from e
-    return _parse_type(data, where)
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if base not in names() or f"{base}.toml" == where:
+        raise InputError(
+            f"The cluster file {where} is based on {base!r}, which is not a chip type "
+            f"that autoshard ships: {', '.join(names())}."
+        )
+    below = _read(_catalogue() / f"{base}.toml", f"{base}.toml")
+    own = data.get("links")
+    if isinstance(own, list) and all(isinstance(link, dict) for link in own):
+        levels = {link.get("level"): link for link in below["links"]}
+        levels.update((link.get("level"), link) for link in own)
+        data["links"] = list(levels.values())
+    return {**below, **data}
 
 
 def _parse_type(data: dict[str, Any], where: str) -> ChipType:
@@ -227,6 +287,33 @@ def _parse_type(data: dict[str, Any], where: str) -> ChipType:
             'hbm_bytes = { value = 80e9, source = "data sheet" }. The files that '
             f"autoshard ships ({', '.join(names())}) are examples."
         ) from e
+
+
+def to_toml(chip: ChipType) -> str:
+    """A chip type as the text of a cluster file, which `load_type` reads.
+
+    >>> chip = load_type("v5e")
+    >>> _parse_type(tomllib.loads(to_toml(chip)), "v5e") == chip
+    True
+    """
+    data = chip.model_dump(mode="json", exclude_none=True)
+    links, tables = data.pop("links"), {"peak_flops_per_s": data["peak_flops_per_s"]}
+    del data["peak_flops_per_s"]
+    lines = [f"{key} = {_toml(value)}" for key, value in data.items()]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{k} = {_toml(v)}" for k, v in table.items())]
+    for link in links:
+        lines += ["", "[[links]]", *(f"{k} = {_toml(v)}" for k, v in link.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    # TOML writes text, numbers and truth as JSON does, but for the character DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def is_path(name: str) -> bool:

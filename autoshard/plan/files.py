@@ -1,4 +1,4 @@
-"""Reading and writing plans (JSON) and strategies (TOML)."""
+"""Reading and writing plans (JSON), strategies and cluster files (TOML)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from autoshard.ir.errors import (
     OutputError,
     PlanMismatchError,
 )
+from autoshard.plan.chip import ChipType, to_toml
 from autoshard.plan.schema import SCHEMA_VERSION, Plan, Strategy
 
 
@@ -137,6 +138,15 @@ def save_plan(plan: Plan, path: str | Path) -> None:
         OutputError: The place cannot be written.
     """
     write_atomically(path, plan_to_json(plan))
+
+
+def save_type(chip: ChipType, path: str | Path) -> None:
+    """Writes a chip type as a cluster file, whole or not at all.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
+    write_atomically(path, to_toml(chip))
 
 
 def check_writable(path: str | Path) -> None:

@@ -42,7 +42,10 @@ def plan_file(tmp_path):
     return path
 
 
-COMMANDS = ["search", "explain", "compare", "run", "models", "clusters", "strategies"]
+COMMANDS = [
+    *("search", "explain", "compare", "run", "calibrate"),
+    *("models", "clusters", "strategies"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -7,12 +7,13 @@ import pytest
 from pydantic import ValidationError
 
 from autoshard.ir.errors import InputError, NameUnknownError
-from autoshard.plan.chip import Figure, Link
+from autoshard.plan.chip import Figure, Link, to_toml
 from autoshard.plan.cluster import Cluster, cluster, load_type, names
 
 TYPES = [
-    *("a100-40g", "a100-80g", "b200", "cpu", "h100", "h200", "tpu7x"),
-    *("v100-16g", "v100-32g", "v4", "v5e", "v5p", "v6e"),
+    *("a100-40g", "a100-80g", "a100-80g-opa", "b200", "b200-efa", "cpu"),
+    *("h100", "h100-efa", "h200", "tpu7x", "v100-16g", "v100-32g"),
+    *("v100-32g-opa", "v4", "v5e", "v5p", "v6e"),
 ]
 GIB = 2**30
 
@@ -130,6 +131,52 @@ def test_fp8_doubles_bf16_where_the_sheet_says_so():
         peaks = load_type(name).peak_flops_per_s
         ratio = peaks["f8"].value / peaks["bf16"].value
         assert ratio == pytest.approx(2, rel=1e-3)
+
+
+# --- what is reached of the peaks ---
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_shares_are_shares(name):
+    for link in load_type(name).links:
+        for share in (link.efficiency, link.switch_efficiency):
+            assert share is None or 0 < share.value <= 1
+
+
+@pytest.mark.parametrize("name", [n for n in TYPES if load_type(n).kind == "gpu"])
+def test_every_gpu_says_what_its_links_reach(name):
+    node, network = load_type(name).links
+    assert None not in (node.efficiency, node.half_bytes, node.launch_s)
+    assert network.efficiency is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        *(("a100-80g-opa", "a100-80g"), ("b200-efa", "b200")),
+        *(("h100-efa", "h100"), ("v100-32g-opa", "v100-32g")),
+    ],
+)
+def test_a_chip_in_another_system_differs_by_its_network(name, base):
+    own, below = load_type(name), load_type(base)
+    assert own.links[0] == below.links[0]
+    assert own.links[1] != below.links[1]
+    for field in ("kind", "peak_flops_per_s", "hbm_bytes", "hbm_bytes_per_s"):
+        assert getattr(own, field) == getattr(below, field)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_chip_type_is_written_as_it_is_read(name, tmp_path):
+    path = tmp_path / "copy.toml"
+    path.write_text(to_toml(load_type(name)), encoding="utf-8")
+    assert load_type(str(path)) == load_type(name)
+
+
+def test_any_text_can_be_written(own, tmp_path):
+    odd = load_type(own()).model_copy(update={"about": 'é "\\ \n \x7f 🙂 #'})
+    path = tmp_path / "odd.toml"
+    path.write_text(to_toml(odd), encoding="utf-8")
+    assert load_type(str(path)) == odd
 
 
 # --- the grammar ---
@@ -276,6 +323,29 @@ def test_own_file_is_read_with_a_count_and_with_its_default_shape(own):
     assert [link.level for link in cluster(path).links] == ["node", "network"]
 
 
+def test_own_file_takes_over_what_it_does_not_give(own):
+    link = OWN[OWN.index('[[links]]\nlevel = "network"') :]
+    mine = load_type(own('name = "mine"\nbase = "h100"\n' + link))
+    base = load_type("h100")
+    assert mine.name == "mine"
+    assert mine.links[0] == base.links[0]
+    assert mine.links[1].bytes_per_s.value == 1e10
+    assert mine.links[1].efficiency is None  # a level is given whole
+    assert mine.peak_flops_per_s == base.peak_flops_per_s
+
+
+@pytest.mark.parametrize("base", ['"h1000"', "7", '"./other.toml"', "['h100']"])
+def test_own_file_on_a_base_that_is_not_there(own, base):
+    with pytest.raises(InputError, match=r"own.toml is based on .*not a chip type"):
+        load_type(own(f'name = "mine"\nbase = {base}\n'))
+
+
+@pytest.mark.parametrize("links", ["7", "[7]", "['node']"])
+def test_own_file_on_a_base_with_links_that_are_none(own, links):
+    with pytest.raises(InputError, match="links"):
+        load_type(own(f'name = "mine"\nbase = "h100"\nlinks = {links}\n'))
+
+
 def test_own_file_without_a_default_shape_needs_a_count(own):
     path = own(OWN.replace("default_shape = [2, 4]", ""))
     with pytest.raises(InputError, match=r"own\.toml:8, or give .* a default_shape"):
@@ -309,6 +379,21 @@ def test_own_file_without_a_default_shape_needs_a_count(own):
             'level = "node"',
             'level = "node"\nwrap_multiple = 4',
             ["links.0: wrap_multiple is not used"],
+        ),
+        (
+            'level = "node"',
+            'level = "node"\nefficiency = { value = 1.5, source = "s" }',
+            ["links.0: efficiency is 1.5", "share of the peak"],
+        ),
+        (
+            'level = "node"',
+            'level = "node"\ncongestion = { value = 0.5, source = "s" }',
+            ["links.0: congestion is not used", '"node"'],
+        ),
+        (
+            'level = "network"',
+            'level = "network"\nlaunch_s = { value = 1e-5, source = "s" }',
+            ["links.1: launch_s is not used", '"network"'],
         ),
         ("value = 4,", "value = 4.5,", ["chips_per_node is 4.5, not whole"]),
         ('name = "mine"', 'name = "my:chip"', ["name: "]),
