@@ -36,7 +36,7 @@ the busiest link of its dims. Slices are joined by a ring over the data-center n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -115,6 +115,10 @@ class Fabric:
             congestion=_value(outer.congestion, 0.0),
             launch_s=_value(inner.launch_s, 0.0),
         )
+
+    def as_torus(self) -> Self:
+        """The same figures, read as those of a torus."""
+        return replace(self, kind="tpu")
 
 
 def _value(figure: Figure | None, otherwise: float) -> float:

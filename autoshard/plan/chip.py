@@ -168,6 +168,9 @@ class ChipType(Model):
         matmul_efficiency: Share of `peak_flops_per_s` that large products reach on
             average; absent where the cost model's own is to be taken.
         hbm_efficiency: The same of `hbm_bytes_per_s`.
+        generation: Chips whose kernels behave alike: "hopper"; absent for others than
+            those that the cost model knows.
+        power_share: Power of a limited part over that of the full one.
 
     >>> load_type("v5p").links[0].torus_dims
     3
@@ -184,6 +187,8 @@ class ChipType(Model):
     default_shape: Shape | None = None
     matmul_efficiency: Figure | None = None
     hbm_efficiency: Figure | None = None
+    generation: _Text | None = None
+    power_share: Figure | None = None
 
     @model_validator(mode="after")
     def _check_links(self) -> Self:

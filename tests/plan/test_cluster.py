@@ -11,9 +11,9 @@ from autoshard.plan.chip import Figure, Link, to_toml
 from autoshard.plan.cluster import Cluster, cluster, load_type, names
 
 TYPES = [
-    *("a100-40g", "a100-80g", "a100-80g-opa", "b200", "b200-efa", "cpu"),
-    *("h100", "h100-efa", "h200", "tpu7x", "v100-16g", "v100-32g"),
-    *("v100-32g-opa", "v4", "v5e", "v5p", "v6e"),
+    *("a100-40g", "a100-80g", "a100-80g-opa", "a800-80g", "b200", "b200-efa", "cpu"),
+    *("gb200", "h100", "h100-96g", "h100-efa", "h200", "hf-h100", "jean-zay-a100"),
+    *("tpu7x", "v100-16g", "v100-32g", "v100-32g-opa", "v4", "v5e", "v5p", "v6e"),
 ]
 GIB = 2**30
 

@@ -1,0 +1,76 @@
+"""Fitting the constants of the cost model to published step times.
+
+Robust least squares on logarithms of predicted over measured, each constant held to its
+prior (Gelman et al. 2013, Bayesian Data Analysis, section 14.8: a normal prior is a row
+more). A constant that no row depends on stays where its prior puts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from autoshard.cost.constants import Constants, table
+from autoshard.cost.run import Runs
+from autoshard.cost.step import predict
+from autoshard.validate.rows import Row
+
+SCATTER = 0.1
+"""Logarithmic error that counts as one standard deviation: what remains between runs of
+one configuration, and what a model of so few constants cannot know."""
+
+PRIOR_WEIGHT = 1.2
+"""Weight of the priors' rows: the value, of 1, 1.5 and 2, at which sources left out are
+predicted best."""
+
+
+def fit(rows: Sequence[Row], start: Constants | None = None) -> Constants:
+    """The constants that published step times and the priors together make likely.
+
+    Args:
+        rows: With measured times.
+        start: Where to begin, by default at the priors.
+
+    Returns:
+        Values for every constant.
+    """
+    names = [c.name for c in table()]
+    prior = np.log([c.prior for c in table()])
+    spread = np.array([c.spread for c in table()])
+    runs = Runs.of([row.run for row in rows])
+    measured = np.log([row.measured_s or np.nan for row in rows])
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        constants = Constants(dict(zip(names, np.exp(x), strict=True)))
+        error = (np.log(predict(runs, constants).step_s) - measured) / SCATTER
+        # Huber's loss as a smooth function: outliers pull with constant force.
+        soft = np.sign(error) * np.sqrt(2 * (np.sqrt(1 + error**2) - 1))
+        return np.concatenate([soft, (x - prior) / spread * PRIOR_WEIGHT])
+
+    begin = prior
+    if start is not None:
+        begin = np.log([start[name] for name in names])
+    found = least_squares(residuals, begin, max_nfev=25).x
+    return Constants(dict(zip(names, np.exp(found).tolist(), strict=True)))
+
+
+def left_out(rows: Sequence[Row], start: Constants) -> np.ndarray:
+    """Predicted seconds of each row by constants fitted without its source.
+
+    Args:
+        rows: With measured times.
+        start: Constants near which each fit ends.
+
+    Returns:
+        float64[row].
+    """
+    seconds = np.zeros(len(rows))
+    for source in sorted({row.source for row in rows}):
+        mine = np.array([row.source == source for row in rows])
+        others = [row for row in rows if row.source != source]
+        constants = fit(others, start) if others else Constants.priors()
+        own = Runs.of([row.run for row in rows if row.source == source])
+        seconds[mine] = predict(own, constants).step_s
+    return seconds
