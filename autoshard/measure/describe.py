@@ -19,7 +19,7 @@ from autoshard.ir.mesh import AXES
 from autoshard.measure import programs
 from autoshard.measure.effort import FULL, Effort, seconds_of_one
 from autoshard.measure.fit import Sample, fit_link
-from autoshard.plan.chip import ChipType, Figure, Link, load_type
+from autoshard.plan.chip import NAME, ChipType, Figure, Link, load_type
 from autoshard.plan.cluster import Cluster
 
 Log = Callable[[str], None]
@@ -73,6 +73,11 @@ def calibrate(
     devices = _local_devices() if devices is None else list(devices)
     if not devices:
         raise InputError("There is no device to measure.")
+    if name is not None and not re.fullmatch(NAME, name):
+        raise InputError(
+            f"A chip type cannot be called {name!r}: letters, digits and '.', '_', '-' "
+            "are allowed."
+        )
     say = log or (lambda _: None)
     below = _base(devices[0], base)
     kind = str(devices[0].device_kind)
@@ -212,6 +217,10 @@ def _links(
     """The innermost link as measured; outer ones as in the base."""
     outer = [_taken(link, f"one host only; as {base.name}") for link in base.links[1:]]
     if len(devices) < 2:
+        say(
+            f"one device has no links to measure; they are those of {base.name}. "
+            "--devices 8 measures virtual ones."
+        )
         why = f"one device only; as {base.name}"
         return (_taken(base.links[0], why), *outer)
     samples = []

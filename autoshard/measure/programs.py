@@ -88,7 +88,7 @@ def matmul(devices: Sequence[Any], size: int, dtype: str) -> tuple[Run, float]:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((2, size, size), dtype=np.float32)
     if kind == jnp.int8:
-        left, right = (values * 40).astype(np.int8)
+        left, right = np.clip(values * 40, -127, 127).astype(np.int8)
     else:
         left = values[0].astype(kind)
         right = (values[1] / np.sqrt(size)).astype(kind)

@@ -257,6 +257,20 @@ def test_no_device():
         calibrate([], effort=TINY)
 
 
+def test_jax_finds_no_device(monkeypatch):
+    def fail():
+        raise RuntimeError("no backend")
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    with pytest.raises(InputError, match="finds no device here: no backend"):
+        calibrate(effort=TINY)
+
+
+def test_a_name_that_clusters_cannot_have():
+    with pytest.raises(InputError, match="'my chip'"):
+        calibrate(DEVICES[:1], name="my chip", effort=TINY)
+
+
 def test_an_error_while_measuring_leaves_no_file(tmp_path, monkeypatch):
     def fail(*_args):
         raise InputError("broken off")
