@@ -32,6 +32,7 @@ TINY = dataclasses.replace(
     stream_bytes=1 << 14,
     cpu_stream_bytes=1 << 14,
     message_bytes=(1 << 10, 1 << 14),
+    cpu_message_bytes=(1 << 10, 1 << 14),
 )
 DEVICES = jax.devices("cpu")
 
