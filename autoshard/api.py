@@ -389,7 +389,7 @@ def calibrate(
     >>> from autoshard.measure import QUICK
     >>> tiny = dataclasses.replace(
     ...     QUICK, min_s=1e-3, cpu_matmul_sizes=(16,), cpu_stream_bytes=4096,
-    ...     message_bytes=(1024, 8192))
+    ...     cpu_message_bytes=(1024, 8192))
     >>> here = calibrate(effort=tiny)
     >>> here.kind, here.num_chips == jax.local_device_count()
     ('cpu', True)

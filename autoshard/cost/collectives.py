@@ -6,13 +6,14 @@ What a group of them takes is said by `autoshard.cost.network`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from autoshard.cost.network import Fabric, Group, Vector, time_s
+from autoshard.cost.network import Fabric, Group, Vector, prepare
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
 
@@ -30,6 +31,9 @@ class Meshes:
     sizes: np.ndarray[Any, np.dtype[np.int64]]
     _products: dict[frozenset[str], Vector] = field(default_factory=dict)
     _groups: dict[frozenset[str], Group] = field(default_factory=dict)
+    _times: dict[tuple[str, frozenset[str]], Callable[[Vector], Vector]] = field(
+        default_factory=dict
+    )
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -118,4 +122,7 @@ class Meshes:
         """
         if kind == "slice":
             return np.zeros(len(self.sizes))
-        return time_s(kind, bytes_, self.group(axes), self.fabric)
+        if (kind, axes) not in self._times:
+            found = prepare(kind, self.group(axes), self.fabric)
+            self._times[kind, axes] = found
+        return self._times[kind, axes](bytes_)

@@ -36,6 +36,8 @@ the busiest link of its dims. Slices are joined by a ring over the data-center n
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -48,6 +50,11 @@ Vector = np.ndarray[Any, np.dtype[np.float64]]
 Figures = Vector | float
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
+
+Way = tuple[Figures, Figures, Figures]
+"""An algorithm: buffers over a chip's inner links, over its card, and the latency."""
+
+TINY = float(np.finfo(np.float64).tiny)
 
 LINK_EFFICIENCY = 0.8
 """Share of a link's peak taken where the chip's file has no `efficiency`: the least of
@@ -204,83 +211,115 @@ def time_s(kind: str, bytes_: Figures, group: Group, fabric: Fabric) -> Vector:
     >>> float(time_s("all_reduce", 450e9, Group(inside=4.0), fabric))
     1.5
     """
+    return prepare(kind, group, fabric)(bytes_)
+
+
+def prepare(kind: str, group: Group, fabric: Fabric) -> Callable[[Figures], Vector]:
+    """`time_s` of the bytes alone, for many collectives of one group.
+
+    Args:
+        kind: One of `KINDS`.
+        group: Who takes part.
+        fabric: Over what.
+
+    Returns:
+        `bytes_ -> seconds`.
+
+    Raises:
+        ValueError: The kind is none of `KINDS`.
+
+    >>> fabric = Fabric("gpu", 8.0, 4.0, 0.0, 1.0, 0.0, 1.0, 1.0)
+    >>> shift = prepare("permute", Group(inside=8.0), fabric)
+    >>> float(shift(8.0)), float(shift(16.0))
+    (2.0, 4.0)
+    """
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no collective; there are {', '.join(KINDS)}")
-    bytes_ = np.asarray(bytes_, dtype=np.float64)
-    of_kind = _node_time_s if fabric.kind == "gpu" else _torus_time_s
-    time = of_kind(kind, bytes_, group, fabric) + fabric.launch_s
-    return np.where(np.asarray(group.members) > 1, time, 0.0)
+    ways = _node_ways if fabric.kind == "gpu" else _torus_ways
+    found = [
+        (np.asarray(near), np.asarray(far), np.asarray(latency) + fabric.launch_s)
+        for near, far, latency in ways(kind, group, fabric)
+    ]
+    members = np.asarray(group.members, dtype=np.float64)
+    alone, crosses = members <= 1, np.any(np.asarray(group.outside) > 1)
+    crowd = np.maximum(np.asarray(group.outside) / 2, 1.0) ** fabric.congestion
+    inner = group.sharers / (fabric.inner_bytes_per_s * fabric.inner_efficiency)
+    outer = group.sharers / (fabric.outer_bytes_per_s * fabric.outer_efficiency)
+    outer = outer * crowd
+    join = np.maximum if fabric.kind == "gpu" else np.add
+
+    def seconds(bytes_: Figures) -> Vector:
+        piece = bytes_ / members
+        moved_in = bytes_ * inner * _ramp(piece, fabric.inner_half_bytes)
+        times = [moved_in * near for near, _, _ in found]
+        if crosses:
+            moved_out = bytes_ * outer * _ramp(piece, fabric.outer_half_bytes)
+            both = zip(times, found, strict=True)
+            times = [join(time, moved_out * way[1]) for time, way in both]
+        times = [time + way[2] for time, way in zip(times, found, strict=True)]
+        best = functools.reduce(np.minimum, times)
+        return np.where(alone, 0.0, best)
+
+    return seconds
 
 
 def _ramp(piece: Vector, half_bytes: Figures) -> Vector:
     # The smallest positive float keeps 0 / 0 away, and is lost beside any piece.
-    return 1.0 + half_bytes / (piece + half_bytes + np.finfo(np.float64).tiny)
+    return 1.0 + half_bytes / (piece + half_bytes + TINY)
 
 
-def _node_time_s(kind: str, bytes_: Vector, group: Group, fabric: Fabric) -> Vector:
-    """Over the links in a node and the cards between nodes."""
+def _node_ways(kind: str, group: Group, fabric: Fabric) -> list[Way]:
+    """Over the links in a node and the cards between nodes, which work side by side."""
     inside, outside = np.asarray(group.inside), np.asarray(group.outside)
     members = inside * outside
-    piece = bytes_ / members
     near, far = fabric.inner_latency_s, fabric.outer_latency_s
-    ramp = _ramp(piece, fabric.inner_half_bytes) * group.sharers
-    inner = ramp / (fabric.inner_bytes_per_s * fabric.inner_efficiency)
-    crowd = np.maximum(outside / 2, 1.0) ** fabric.congestion
-    outer = _ramp(piece, fabric.outer_half_bytes) * crowd * group.sharers
-    outer = outer / (fabric.outer_bytes_per_s * fabric.outer_efficiency)
+    across = outside > 1
     if kind == "permute":
         # A hop that leaves the node has one card to itself.
-        return np.where(outside > 1, bytes_ * outer + far, bytes_ * inner + near)
+        one = np.where(across, 1.0, 0.0)
+        return [(1 - one, one, np.where(across, far, near))]
     if kind == "all_to_all":
-        leaving = bytes_ * (1 - inside / members) * outer
-        staying = bytes_ * (inside - 1) / members * inner
-        return np.maximum(leaving, staying) + (inside - 1) * near + (outside - 1) * far
+        steps = (inside - 1) * near + (outside - 1) * far
+        return [((inside - 1) / members, 1 - inside / members, steps)]
+    share = (members - 1) / members
     # Of several rings, each leaves the node from another chip, over that chip's card.
-    alone = inner * np.where(outside > 1, (inside - 1) / inside, 1.0)
-    cards = np.where(outside > 1, outer / inside, 0.0)
-    step = np.where(outside > 1, np.maximum(near, far), near)
-    ring = bytes_ * (members - 1) / members * np.maximum(alone, cards)
-    ring = ring + (members - 1) * step
+    stays = np.where(across, (inside - 1) / inside, 1.0)
+    cards = np.where(across, 1 / inside, 0.0)
+    steps = (members - 1) * np.where(across, np.maximum(near, far), near)
     if kind != "all_reduce":
-        return ring
-    node = 2 * bytes_ * (inside - 1) / inside * inner
+        return [(share * stays, share * cards, steps)]
+    ring = (2 * share * stays, 2 * share * cards, 2 * steps)
+    chain = 2 * (inside - 1) / inside
     switch = np.asarray(fabric.switch_efficiency, dtype=np.float64)
     adds = (switch > 0) & (inside > 1)
-    rate = fabric.inner_bytes_per_s * np.where(adds, switch, 1.0)
-    in_switch = bytes_ * (inside + 1) / inside * ramp / rate
-    node = np.where(adds, np.minimum(node, in_switch), node)
+    slower = fabric.inner_efficiency / np.where(adds, switch, 1.0)
+    in_switch = (inside + 1) / inside * slower
+    node = np.where(adds, np.minimum(chain, in_switch), chain)
     # Between two nodes each is a root once and a leaf once, and sends but S bytes.
-    sent = bytes_ * np.where(outside > 2, 2.0, 1.0)
-    tree = np.maximum(node, sent * cards)
-    tree = tree + 2 * ((inside - 1) * near + np.ceil(np.log2(outside)) * far)
-    return np.minimum(2 * ring, tree)
+    sent = np.where(outside > 2, 2.0, 1.0) * cards
+    levels = np.ceil(np.log2(outside))
+    tree = (node, sent, 2 * ((inside - 1) * near + levels * far))
+    return [ring, tree]
 
 
-def _torus_time_s(kind: str, bytes_: Vector, group: Group, fabric: Fabric) -> Vector:
-    """Over neighbour links, and between slices over the data-center network."""
+def _torus_ways(kind: str, group: Group, fabric: Fabric) -> list[Way]:
+    """Over neighbour links, then between slices over the data-center network."""
     inside, outside = np.asarray(group.inside), np.asarray(group.outside)
-    members = inside * outside
-    piece = bytes_ / members
     hops = np.where(np.asarray(group.hops) > 0, group.hops, inside - 1)
-    hops = hops * fabric.inner_latency_s
-    link = _ramp(piece, fabric.inner_half_bytes) * group.sharers
-    link = link / (fabric.inner_bytes_per_s * fabric.inner_efficiency)
-    crowd = np.maximum(outside / 2, 1.0) ** fabric.congestion
-    outer = _ramp(piece, fabric.outer_half_bytes) * crowd * group.sharers
-    outer = outer / (fabric.outer_bytes_per_s * fabric.outer_efficiency)
-    far = (outside - 1) * fabric.outer_latency_s
+    steps = hops * fabric.inner_latency_s + (outside - 1) * fabric.outer_latency_s
     if kind == "permute":
-        near = (bytes_ * link + fabric.inner_latency_s) * group.stride
-        return np.where(outside > 1, bytes_ * outer + fabric.outer_latency_s, near)
+        one = np.where(outside > 1, 1.0, 0.0)
+        near = fabric.inner_latency_s * np.asarray(group.stride)
+        step = np.where(outside > 1, fabric.outer_latency_s, near)
+        return [((1 - one) * group.stride, one, step)]
     if kind == "all_to_all":
         # Devices of one host copy from any other.
         line = inside / 4 if fabric.kind == "tpu" else (inside - 1) / inside
         crossing = np.where(np.asarray(group.crossing) > 0, group.crossing, line)
-        within = np.where(inside > 1, bytes_ / outside * crossing * link, 0.0)
-        leaving = bytes_ * (1 - 1 / outside) * outer
-        return np.maximum(within, leaving) + hops + far
+        within = np.where(inside > 1, crossing / outside, 0.0)
+        return [(within, 1 - 1 / outside, steps)]
     # Within slices on the whole buffer, between them on each member's piece of it.
-    within = bytes_ * (inside - 1) / inside * link / group.links
-    between = bytes_ / inside * (outside - 1) / outside * outer
-    once = within + hops + between + far
-    return 2 * once if kind == "all_reduce" else once
+    within = (inside - 1) / inside / group.links
+    between = (outside - 1) / outside / inside
+    times = 2 if kind == "all_reduce" else 1
+    return [(times * within, times * between, times * steps)]

@@ -19,7 +19,7 @@ from autoshard.ir.mesh import AXES
 from autoshard.measure import programs
 from autoshard.measure.effort import FULL, Effort, seconds_of_one
 from autoshard.measure.fit import Sample, fit_link
-from autoshard.plan.chip import ChipType, Figure, Link, load_type
+from autoshard.plan.chip import NAME, ChipType, Figure, Link, load_type
 from autoshard.plan.cluster import Cluster
 
 Log = Callable[[str], None]
@@ -73,6 +73,11 @@ def calibrate(
     devices = _local_devices() if devices is None else list(devices)
     if not devices:
         raise InputError("There is no device to measure.")
+    if name is not None and not re.fullmatch(NAME, name):
+        raise InputError(
+            f"A chip type cannot be called {name!r}: letters, digits and '.', '_', '-' "
+            "are allowed."
+        )
     say = log or (lambda _: None)
     below = _base(devices[0], base)
     kind = str(devices[0].device_kind)
@@ -212,24 +217,28 @@ def _links(
     """The innermost link as measured; outer ones as in the base."""
     outer = [_taken(link, f"one host only; as {base.name}") for link in base.links[1:]]
     if len(devices) < 2:
+        say(
+            f"one device has no links to measure; they are those of {base.name}. "
+            "--devices 8 measures virtual ones."
+        )
         why = f"one device only; as {base.name}"
         return (_taken(base.links[0], why), *outer)
     samples = []
-    counts = sorted({2, len(devices)})
+    sizes = effort.cpu_message_bytes if base.kind == "cpu" else effort.message_bytes
+    placed, pairs = _in_order(devices), [2] * (len(devices) % 2 == 0)
+    counts = sorted({*pairs, len(devices)})
     for count, kind in ((c, k) for c in counts for k in programs.COLLECTIVES):
-        some = _in_order(devices)[:count]
-        group = _group(some, base)
-        for bytes_ in effort.message_bytes:
-            run, real = programs.collective(some, kind, bytes_)
+        group = _group(placed, count, base)
+        for bytes_ in sizes:
+            run, real = programs.collective(placed, kind, bytes_, count)
             what = f"{kind} of {real} bytes over {count} devices"
             samples.append(
                 Sample(kind, group, float(real), seconds_of_one(run, effort, what))
             )
-        rate = max(s.bytes_ / s.seconds for s in samples[-len(effort.message_bytes) :])
+        rate = max(s.bytes_ / s.seconds for s in samples[-len(sizes) :])
         say(f"{kind} over {count} devices: up to {rate / 1e9:.4g} GB/s")
     whole = Cluster(chip=base, shape=_shape(devices, base))
     found = fit_link(samples, Fabric.of(whole))
-    sizes = effort.message_bytes
     how = (
         f"{source}: fitted to {len(samples)} collectives of {sizes[0]} to {sizes[-1]} "
         f"bytes over {' and '.join(map(str, counts))} devices, median error "
@@ -290,14 +299,13 @@ def _shape(devices: Sequence[Any], base: ChipType) -> tuple[int, ...]:
     return (1, count) if base.kind == "gpu" else (count,)
 
 
-def _group(devices: Sequence[Any], base: ChipType) -> Group:
-    """Who takes part, over the links of the base."""
+def _group(devices: Sequence[Any], members: int, base: ChipType) -> Group:
+    """A group of neighbours, over the links of the base."""
     if base.kind != "tpu":
-        return Group(inside=float(len(devices)))
-    if len(devices) == 2:
-        return Group(inside=2.0)
+        return Group(inside=float(members))
     chips = Cluster(chip=base, shape=_shape(devices, base))
-    sizes = np.array([[len(devices) if axis == "data" else 1 for axis in AXES]])
-    found = Meshes(chips, sizes).group(frozenset(["data"]))
+    of = {"tensor": members, "data": len(devices) // members}
+    sizes = np.array([[of.get(axis, 1) for axis in AXES]])
+    found = Meshes(chips, sizes).group(frozenset(["tensor"]))
     fields = ("inside", "links", "hops", "crossing", "stride")
     return Group(**{f: float(np.ravel(getattr(found, f))[0]) for f in fields})

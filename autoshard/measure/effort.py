@@ -24,7 +24,9 @@ class Effort:
         cpu_matmul_sizes: The same on virtual devices, which share the cores of a host.
         stream_bytes: Bytes of one array that memory is streamed from, on accelerators.
         cpu_stream_bytes: The same on virtual devices; more than the caches hold.
-        message_bytes: Bytes of the larger side of collectives on one device.
+        message_bytes: Bytes of the larger side of collectives on one device, on
+            accelerators.
+        cpu_message_bytes: The same on virtual devices.
         clock: Seconds from some moment on.
 
     >>> QUICK.repeats < FULL.repeats
@@ -38,6 +40,7 @@ class Effort:
     stream_bytes: int
     cpu_stream_bytes: int
     message_bytes: tuple[int, ...]
+    cpu_message_bytes: tuple[int, ...]
     clock: Callable[[], float] = time.perf_counter
 
 
@@ -49,6 +52,7 @@ FULL = Effort(
     stream_bytes=1 << 30,
     cpu_stream_bytes=1 << 26,
     message_bytes=tuple(1 << n for n in range(14, 29, 2)),
+    cpu_message_bytes=tuple(1 << n for n in range(12, 25, 3)),
 )
 """What `autoshard calibrate` does."""
 
@@ -60,6 +64,7 @@ QUICK = Effort(
     stream_bytes=1 << 28,
     cpu_stream_bytes=1 << 24,
     message_bytes=tuple(1 << n for n in range(14, 25, 5)),
+    cpu_message_bytes=tuple(1 << n for n in range(12, 21, 4)),
 )
 """What `--quick` does."""
 

@@ -34,15 +34,19 @@ DTYPES = {
 Body = Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]
 
 
-def _looped(devices: Sequence[Any], body: Body, parts: Sequence[Any]) -> Run:
+def _looped(
+    devices: Sequence[Any], body: Body, parts: Sequence[Any], members: int = 1
+) -> Run:
     """A program that runs `body(i, parts) -> parts` n times on each device.
 
     Args:
         devices: Where it runs.
-        body: On one device; collectives go over the axis "all".
+        body: On one device; collectives go over the axis "group".
         parts: What one device starts with, NumPy arrays.
+        members: Devices of one group.
     """
-    mesh = Mesh(np.array(devices), ("all",))
+    mesh = Mesh(np.array(devices).reshape(-1, members), ("groups", "group"))
+    everywhere = P(("groups", "group"))
 
     def on_one(runs: Any, *state: Any) -> tuple[Any, ...]:
         return lax.fori_loop(0, runs, body, state)
@@ -51,12 +55,12 @@ def _looped(devices: Sequence[Any], body: Body, parts: Sequence[Any]) -> Run:
     mapped = jax.shard_map(
         on_one,
         mesh=mesh,
-        in_specs=(P(), *(P("all") for _ in parts)),
-        out_specs=tuple(P("all") for _ in parts),
+        in_specs=(P(), *(everywhere for _ in parts)),
+        out_specs=tuple(everywhere for _ in parts),
         check_vma=False,
     )
     program = jax.jit(mapped, donate_argnums=tuple(range(1, len(parts) + 1)))
-    split = NamedSharding(mesh, P("all"))
+    split = NamedSharding(mesh, everywhere)
     state = tuple(
         jax.make_array_from_callback(
             (len(devices) * part.shape[0], *part.shape[1:]), split, lambda _, p=part: p
@@ -88,7 +92,7 @@ def matmul(devices: Sequence[Any], size: int, dtype: str) -> tuple[Run, float]:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((2, size, size), dtype=np.float32)
     if kind == jnp.int8:
-        left, right = (values * 40).astype(np.int8)
+        left, right = np.clip(values * 40, -127, 127).astype(np.int8)
     else:
         left = values[0].astype(kind)
         right = (values[1] / np.sqrt(size)).astype(kind)
@@ -123,35 +127,37 @@ def stream(devices: Sequence[Any], bytes_: int, arrays: int) -> tuple[Run, float
     return _looped(devices, body, [ones] * arrays), float(moved)
 
 
-def collective(devices: Sequence[Any], kind: str, bytes_: int) -> tuple[Run, int]:
-    """One collective over all devices, again and again.
+def collective(
+    devices: Sequence[Any], kind: str, bytes_: int, members: int
+) -> tuple[Run, int]:
+    """One collective again and again, in all groups of neighbours at once.
 
     Args:
-        devices: Who takes part.
+        devices: Where it runs.
         kind: One of `COLLECTIVES`.
         bytes_: Of the larger side on one device.
+        members: Devices of a group; they divide the devices.
 
     Returns:
         The program, and the bytes that the larger side really has.
     """
-    count = len(devices)
-    piece = max(bytes_ // 4 // count, 1)
-    whole = np.zeros(piece * count, np.float32)
+    piece = max(bytes_ // 4 // members, 1)
+    whole = np.zeros(piece * members, np.float32)
     part = whole[:piece]
 
     def body(i: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
         (x,) = state
         if kind == "all_reduce":
-            return (lax.psum(x, "all"),)
+            return (lax.psum(x, "group"),)
         if kind == "permute":
-            ring = [(n, (n + 1) % count) for n in range(count)]
-            return (lax.ppermute(x, "all", ring),)
+            ring = [(n, (n + 1) % members) for n in range(members)]
+            return (lax.ppermute(x, "group", ring),)
         if kind == "all_gather":
             # A piece that changes: of its own piece no device would need the others.
-            gathered = lax.all_gather(x, "all", tiled=True)
-            return (lax.dynamic_slice(gathered, (i % count * piece,), (piece,)),)
-        scattered = lax.psum_scatter(x, "all", tiled=True)
-        return (lax.dynamic_update_slice(x, scattered, (i % count * piece,)),)
+            gathered = lax.all_gather(x, "group", tiled=True)
+            return (lax.dynamic_slice(gathered, (i % members * piece,), (piece,)),)
+        scattered = lax.psum_scatter(x, "group", tiled=True)
+        return (lax.dynamic_update_slice(x, scattered, (i % members * piece,)),)
 
     start = part if kind == "all_gather" else whole
-    return _looped(devices, body, [start]), whole.nbytes
+    return _looped(devices, body, [start], members), whole.nbytes

@@ -53,6 +53,9 @@ _LEVELS_OF: dict[str, tuple[Level, ...]] = {
     "switch_efficiency": ("node",),
     "congestion": ("network", "dcn"),
 }
+NAME = r"^[A-Za-z0-9._-]+$"
+"""What a chip type may be called."""
+
 _Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Shape = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -176,7 +179,7 @@ class ChipType(Model):
     3
     """
 
-    name: Annotated[_Text, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[_Text, StringConstraints(pattern=NAME)]
     kind: Kind
     about: _Text
     chips_per_node: Figure

@@ -32,6 +32,7 @@ TINY = dataclasses.replace(
     stream_bytes=1 << 14,
     cpu_stream_bytes=1 << 14,
     message_bytes=(1 << 10, 1 << 14),
+    cpu_message_bytes=(1 << 10, 1 << 14),
 )
 DEVICES = jax.devices("cpu")
 
@@ -255,6 +256,20 @@ def test_a_place_that_cannot_be_written(tmp_path, name, words):
 def test_no_device():
     with pytest.raises(InputError, match="no device"):
         calibrate([], effort=TINY)
+
+
+def test_jax_finds_no_device(monkeypatch):
+    def fail():
+        raise RuntimeError("no backend")
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    with pytest.raises(InputError, match="finds no device here: no backend"):
+        calibrate(effort=TINY)
+
+
+def test_a_name_that_clusters_cannot_have():
+    with pytest.raises(InputError, match="'my chip'"):
+        calibrate(DEVICES[:1], name="my chip", effort=TINY)
 
 
 def test_an_error_while_measuring_leaves_no_file(tmp_path, monkeypatch):

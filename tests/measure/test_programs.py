@@ -19,10 +19,6 @@ OPS = {
 }
 
 
-class Compiled(Exception):
-    """Carries the text of a program that was about to run."""
-
-
 @pytest.fixture
 def compiled(monkeypatch):
     """The optimized HLO of the next program that is made."""
@@ -43,19 +39,28 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", programs.COLLECTIVES)
-@pytest.mark.parametrize("count", [2, 8])
-def test_a_collective_survives_the_compiler_once_a_run(compiled, kind, count):
-    run, real = programs.collective(DEVICES[:count], kind, 4096)
+@pytest.mark.parametrize("members", [2, 8])
+def test_a_collective_survives_the_compiler_once_a_run(compiled, kind, members):
+    run, real = programs.collective(DEVICES, kind, 4096, members)
     run(3)
     [text] = compiled
     found = re.findall(r" = \S+ ([a-z-]+)\(", text)
     assert [op for op in found if op in OPS.values()] == [OPS[kind]]
     assert "while(" in text
+    # In all groups at once; of a permute the pairs are printed.
+    groups = [[n + k for k in range(members)] for n in range(0, 8, members)]
+    if kind == "permute":
+        for group in groups:
+            assert f"{{{group[0]},{group[1]}}}" in text
+    else:
+        printed = ",".join("{" + ",".join(map(str, g)) + "}" for g in groups)
+        rows = f"[{8 // members},{members}]<=[8]"
+        assert f"replica_groups={{{printed}}}" in text or rows in text
     assert real == 4096
 
 
 def test_a_buffer_that_does_not_divide_is_rounded_and_says_so():
-    run, real = programs.collective(DEVICES[:3], "reduce_scatter", 4096)
+    run, real = programs.collective(DEVICES[:3], "reduce_scatter", 4096, 3)
     assert real == 4096 // 12 * 12
     run(2)
 
