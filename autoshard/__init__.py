@@ -21,6 +21,7 @@ from autoshard.api import (
     resolve,
     search,
     train_step,
+    validate,
 )
 from autoshard.ir.annotate import annotate
 from autoshard.ir.errors import AutoshardError
@@ -57,4 +58,5 @@ __all__ = [
     "resolve",
     "search",
     "train_step",
+    "validate",
 ]

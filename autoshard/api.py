@@ -8,6 +8,7 @@ price        ShardedProgram, meshes         ->  Prices
 search       TrainStep, cluster, strategy   ->  Plan
 parallelize  TrainStep, Plan                ->  ParallelStep
 calibrate    devices                        ->  Cluster
+validate     published runs                 ->  errors
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ from autoshard.rules import register_rule
 from autoshard.rules.check import check_rule
 from autoshard.rules.registry import rules_of
 from autoshard.search import search_plans
+from autoshard.validate import Validation
+from autoshard.validate import validate as hold_against
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adafactor": optax.adafactor,
@@ -350,6 +353,34 @@ def check_rules(fn: Callable[..., Any], *abstract_args: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reason for each in skipped for reason in each))
 
 
+def validate(
+    directory: str,
+    *,
+    leave_one_out: bool = False,
+    log: Callable[[str], None] | None = None,
+) -> Validation:
+    """Predicts every usable row of a directory of published training runs.
+
+    Args:
+        directory: Of CSV files with the columns of `benchmarks/published`.
+        leave_one_out: Also predict each source by constants fitted without it; takes
+            some minutes.
+        log: Told what is done.
+
+    Returns:
+        Errors of step time and memory by source and chip, ranking of plans, recognition
+        of what does not fit, and each row left out with its reason.
+
+    Raises:
+        InputError: There is no such directory, no table, or no usable row in it.
+
+    >>> validate("no such directory")
+    Traceback (most recent call last):
+    autoshard.ir.errors.InputError: no such directory is not a directory; ...
+    """
+    return hold_against(directory, leave_one_out=leave_one_out, log=log)
+
+
 def calibrate(
     output: str | Path | None = None,
     *,
@@ -455,4 +486,5 @@ __all__ = [
     "strategy_names",
     "token_batch",
     "train_step",
+    "validate",
 ]

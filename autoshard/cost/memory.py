@@ -161,3 +161,17 @@ def _activations(
     )
     host = runs.again_offloaded > 0
     return np.where(host, 0.0, kept), every
+
+
+def too_large(runs: Runs, constants: Constants | None = None) -> np.ndarray:
+    """Whether each run needs more memory than a chip has.
+
+    Args:
+        runs: What is run, where, how and by what.
+        constants: Of the cost model, by default as fitted to published runs.
+
+    Returns:
+        bool[run].
+    """
+    room = np.array([float(run.cluster.hbm_bytes) for run in runs.runs])
+    return memory(runs, constants).peak_bytes > room

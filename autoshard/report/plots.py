@@ -95,6 +95,41 @@ def plot_losses(
     return on
 
 
+def save_scatter(
+    path: str, series: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """Draws predicted against measured seconds on logarithmic axes, and saves it.
+
+    Args:
+        path: Of the image; its ending names the format.
+        series: Pairs of measured and predicted seconds, by name; empty ones are left
+            out.
+
+    Raises:
+        InputError: The image cannot be written, or its format is not known.
+    """
+    on = _axes(None)
+    points = [pair for pairs in series.values() for pair in pairs]
+    for name, pairs in series.items():
+        if pairs:
+            measured, predicted = zip(*pairs, strict=True)
+            on.scatter(measured, predicted, s=8, label=name)
+    if points:
+        ends = [min(min(p) for p in points), max(max(p) for p in points)]
+        on.plot(ends, ends, color="black", linewidth=0.8)
+        on.legend(fontsize="x-small")
+    on.set_xscale("log")
+    on.set_yscale("log")
+    on.set_xlabel("measured seconds per step")
+    on.set_ylabel("predicted")
+    on.set_title("Published runs")
+    figure = on.figure
+    try:
+        figure.savefig(path, dpi=150)  # pyright: ignore[reportAttributeAccessIssue]
+    except (OSError, ValueError) as e:
+        raise InputError(f"the image {path} cannot be written: {e}") from e
+
+
 def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
