@@ -201,8 +201,8 @@ def validate(
         ):
             without[i] = float(s)
     found = tuple(
-        Prediction(r, float(s), w, float(b), bool(l))
-        for r, s, w, b, l in zip(rows, step, without, peak, large, strict=True)
+        Prediction(r, float(s), w, float(b), bool(too))
+        for r, s, w, b, too in zip(rows, step, without, peak, large, strict=True)
     )
     clean = [p for p in found if p.row.clean]
     timed = [p for p in clean if p.row.measured_s]
