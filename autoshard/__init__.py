@@ -20,6 +20,7 @@ from autoshard.api import (
     resolve,
     search,
     train_step,
+    verify_plan,
 )
 from autoshard.ir.annotate import annotate
 from autoshard.ir.errors import AutoshardError
@@ -55,4 +56,5 @@ __all__ = [
     "resolve",
     "search",
     "train_step",
+    "verify_plan",
 ]

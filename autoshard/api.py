@@ -46,6 +46,7 @@ from autoshard.rules import register_rule
 from autoshard.rules.check import check_rule
 from autoshard.rules.registry import rules_of
 from autoshard.search import search_plans
+from autoshard.verify import Verdict, verify_collectives
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adafactor": optax.adafactor,
@@ -345,6 +346,40 @@ def check_rules(fn: Callable[..., Any], *abstract_args: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reason for each in skipped for reason in each))
 
 
+def verify_plan(
+    fn: Callable[..., Any],
+    plan: Plan,
+    *abstract_args: Any,
+    devices: Iterable[Any] | None = None,
+) -> Verdict:
+    """Compiles a planned step and holds its collectives against those planned.
+
+    Args:
+        fn: The `TrainStep`, or the plain function, that the plan was made for.
+        plan: From `search` or a file.
+        *abstract_args: For a plain function, the arguments given to `search`.
+        devices: Devices to compile for, by default `jax.devices()`.
+
+    Returns:
+        Planned against emitted collectives, after partitioning and after optimization.
+
+    Raises:
+        PlanMismatchError: The plan is for another program or more devices.
+        InputError: A plain function came without its arguments, or the compiler's
+            output cannot be read.
+
+    >>> args = jnp.ones((8, 4)), jnp.ones((16, 8))
+    >>> plan = search(jnp.matmul, *args, cluster="cpu:1", strategy="dp")
+    >>> verify_plan(jnp.matmul, plan, *args).optimized.differences
+    ()
+    """
+    chosen = None if devices is None else list(devices)
+    step = parallelize(fn, plan, *abstract_args, devices=chosen)
+    if isinstance(step, ParallelStep):
+        abstract_args = step.abstract_state, step.abstract_batch
+    return verify_collectives(plan, step.jitted.lower(*abstract_args))
+
+
 def model_names() -> list[str]:
     """Names of the models of the zoo.
 
@@ -381,4 +416,5 @@ __all__ = [
     "strategy_names",
     "token_batch",
     "train_step",
+    "verify_plan",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from autoshard.cli import lists, planning, rules, running
+from autoshard.cli import lists, planning, rules, running, verifying
 from autoshard.cli.output import fail
 from autoshard.ir.errors import AutoshardError
 from autoshard.ir.version import VERSION
@@ -89,6 +89,9 @@ app.command(
         "run plan.json --steps 1000 --checkpoint run1 --metrics run1.jsonl --resume",
     )
 )(running.run)
+app.command(epilog=_examples("verify plan.json", "verify plan.json --json"))(
+    verifying.verify
+)
 app.command(epilog=_examples("models", "models --json"))(lists.models)
 app.command(epilog=_examples("clusters", "clusters --json"))(lists.clusters)
 app.command(epilog=_examples("strategies", "strategies --json"))(lists.strategies)
