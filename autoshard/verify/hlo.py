@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from autoshard.verify.groups import (
@@ -37,6 +38,7 @@ MOVES = frozenset(
 """Opcodes that hand an operand on without looking at its numbers."""
 
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class Emitted:
         elements: How many arrays it moves.
         dtype: Element type that is moved, in XLA's words.
         fed_by: `(name, element)` of a collective whose result it takes as it is.
-        converted: Whether what it moves was converted to its type just before.
+        unconverted: Bytes it would move in the type that it was converted from just
+            before; 0 where it was not, -1 where that type is not seen.
         padded: Whether what it moves is a part, set into an array of zeros.
         sliced: Whether a device keeps only a slice of the result.
         groups: The devices, as XLA wrote them.
@@ -76,7 +79,7 @@ class Emitted:
     used_by: str = ""
     dtype: str = ""
     fed_by: tuple[str, int] | None = None
-    converted: bool = False
+    unconverted: int = 0
     padded: bool = False
     sliced: bool = False
     groups: str = ""
@@ -116,12 +119,32 @@ class _Reader:
     module: Module
     sizes: dict[str, int]
 
+    @cached_property
+    def started(self) -> dict[str, str]:
+        """Channels of collectives that TPUs run beside other ops, by where they start.
+
+        Their text is repeated in every fusion that runs beside them, and at the end.
+        """
+        return {
+            instruction.attribute("channel_id"): computation.name
+            for computation in self.module.computations.values()
+            if any(_STARTS in i.attributes for i in computation.instructions.values())
+            for instruction in computation.instructions.values()
+            if instruction.opcode in KINDS
+        }
+
+    def repeated(self, instruction: Instruction, computation: Computation) -> bool:
+        """Whether it only names a collective that was started elsewhere."""
+        channel = instruction.attribute("channel_id")
+        start = self.started.get(channel, computation.name) if channel else ""
+        return bool(channel) and start != computation.name
+
     def run(self, name: str) -> Iterator[Emitted]:
         """Collectives of one run of a computation and of all that it calls."""
         computation = self.module.computations[name]
         for instruction in computation.instructions.values():
             opcode = instruction.opcode.removesuffix("-start")
-            if opcode in KINDS:
+            if opcode in KINDS and not self.repeated(instruction, computation):
                 yield from self.emitted(instruction, opcode, computation)
             elif opcode == "while":
                 trips = self.module.trips(instruction, computation)
@@ -189,7 +212,6 @@ class _Reader:
             own = (
                 _part(computation, instruction, k) if len(operands) > 1 else instruction
             )
-            before = computation.instructions[names[k]].opcode
             yield replace(
                 common,
                 op_name=_op_name(own) or _of_several(common.op_name, k, len(operands)),
@@ -200,10 +222,44 @@ class _Reader:
                 elements=len(operands),
                 dtype=made[0],
                 fed_by=_feeder(computation, names[k]),
-                converted=before == "convert",
-                padded=before in ("dynamic-update-slice", "pad"),
+                unconverted=self.unconverted(computation, names[k], made)
+                or -_of_convert(_op_name(own) or common.op_name),
+                padded=any(
+                    maker.opcode in ("dynamic-update-slice", "pad")
+                    for _, maker in self.makers(computation, names[k], MOVES)
+                ),
                 sliced=self.sliced(computation, instruction, k, len(operands)),
             )
+
+    def makers(
+        self, computation: Computation, name: str, through: frozenset[str]
+    ) -> Iterator[tuple[Computation, Instruction]]:
+        """The op that made a value, found through those that hand it on and fusions."""
+        element = 0
+        while (made := computation.instructions.get(name)) is not None:
+            if made.opcode == "get-tuple-element":
+                element = int(made.attribute("index"))
+            elif made.opcode == "fusion":
+                computation = self.module.computations[made.called[0]]
+                root = computation.root
+                name = root.operands[element] if root.opcode == "tuple" else root.name
+                continue
+            elif made.opcode not in through:
+                yield computation, made
+                return
+            if not made.operands:
+                return
+            name = made.operands[0]
+
+    def unconverted(
+        self, computation: Computation, name: str, moved: tuple[str, tuple[int, ...]]
+    ) -> int:
+        """Bytes of `moved` in the type it was converted from, 0 if it was not."""
+        for inside, maker in self.makers(computation, name, MOVES - {"convert"}):
+            before = inside.instructions.get(maker.operands[0])
+            if maker.opcode == "convert" and before is not None:
+                return bytes_of(((before.arrays[0][0], moved[1]),))
+        return 0
 
     def sliced(
         self, computation: Computation, made: Instruction, element: int, elements: int
@@ -238,6 +294,11 @@ class _Reader:
 
 def _op_name(instruction: Instruction) -> str:
     return "".join(_OP_NAME.findall(instruction.attributes)[:1])
+
+
+def _of_convert(op_name: str) -> bool:
+    """Whether a collective has the name of a conversion, which XLA moved before it."""
+    return op_name.endswith("/convert_element_type")
 
 
 def _of_several(op_name: str, element: int, elements: int) -> str:

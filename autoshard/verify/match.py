@@ -257,7 +257,7 @@ class _Matching:
         tests: list[tuple[str, _Test]] = [
             (c.KEPT_WHOLE, _is_kept_whole),
             (c.PADDED, lambda p, e: _alike(p, e) and 0 < _growth(p, e) <= 0.25),
-            (c.OTHER_DTYPE, lambda p, e: _alike(p, e) and e.item.converted),
+            (c.OTHER_DTYPE, lambda p, e: _alike(p, e) and e.item.unconverted),
             (c.CUT, lambda p, e: _is_cut(e)),
             (c.OTHER_AXES, lambda p, e: p.kind == e.kind and p.key[1] == e.key[1]),
             (c.OTHER_BYTES, lambda p, e: p.kind == e.kind),

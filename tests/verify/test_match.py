@@ -93,7 +93,7 @@ def test_steps_of_which_one_is_smaller_are_not_one_sum():
         (
             c.OTHER_DTYPE,
             [plan(bytes_=32)],
-            [emit(bytes_=64, converted=True)],
+            [emit(bytes_=64, unconverted=96)],
         ),
         (c.OTHER_AXES, [plan("all_gather")], [emit("all_gather", axes="data")]),
         (c.OTHER_BYTES, [plan("all_gather")], [emit("all_gather", bytes_=640)]),
