@@ -13,19 +13,23 @@ SLICED_SUM = "reduce-scatter written as all-reduce and slice"
 PADDED_SUM = "all-gather written as all-reduce of padded parts"
 OTHER_LOOPS = "as planned, in other loops or outside of them"
 MOVED_LOOP = "moved into or out of a loop"
+CONVERTS = "as planned, and converted by the sum itself"
 IN_STEPS = "all-reduce over several axes written as one after another"
-FORMS = (AS_PLANNED, SLICED_SUM, PADDED_SUM, OTHER_LOOPS, MOVED_LOOP, IN_STEPS)
+FORMS = (AS_PLANNED, SLICED_SUM, PADDED_SUM, OTHER_LOOPS, MOVED_LOOP, CONVERTS, IN_STEPS)
 """Ways in which the same data movement is written.
 
 The partitioner sums each sharded dim of a reduction on its own; GPU and TPU pipelines
 fold the steps into one, and turn an all-reduce with a slice into a reduce-scatter.
 """
 
-AT_ONCE = "partial sums of a lookup or a reduction are summed over all axes at once"
+AT_ONCE = "partial sums are summed over all axes at once"
 KEPT_WHOLE = "summed everywhere where each device needs a slice"
 CUT = "rows change devices where a sharded dim is cut or extended"
 MERGED = "moved once and kept where the plan moves it again"
 HOISTED = "run once before a loop where the plan runs it in every turn"
+SUNK = "summed once after a loop that adds up what the plan sums in every turn"
+ADDED = "what is added up is summed once, where the plan sums each and adds"
+CANCELLED = "gathered from a slice of a sum, which is kept whole instead"
 RECOMPUTED = "moved again where the backward pass recomputes"
 REPEATED = "the same collective is emitted more than once"
 DEVICE_ORDER = "blocks change their device, no dim its axes"
@@ -42,6 +46,9 @@ CAUSES = (
     CUT,
     MERGED,
     HOISTED,
+    SUNK,
+    ADDED,
+    CANCELLED,
     RECOMPUTED,
     REPEATED,
     DEVICE_ORDER,

@@ -38,6 +38,9 @@ MOVES = frozenset(
 """Opcodes that hand an operand on without looking at its numbers."""
 
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_COPIES = {"copy-start", "copy-done"}
+_HANDS_ON = MOVES - {"convert"} | _COPIES
+_PADS = ("dynamic-update-slice", "pad")
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'
 
 
@@ -60,7 +63,10 @@ class Emitted:
         fed_by: `(name, element)` of a collective whose result it takes as it is.
         unconverted: Bytes it would move in the type that it was converted from just
             before; 0 where it was not, -1 where that type is not seen.
+        taken_bytes: Bytes of what it takes, where its result is of another type.
         padded: Whether what it moves is a part, set into an array of zeros.
+        looped: Whether what it moves is made by a loop.
+        added: Whether what it moves is the sum of two values on each device.
         sliced: Whether a device keeps only a slice of the result.
         groups: The devices, as XLA wrote them.
         bounded: Whether the trip counts of all loops around it are known; else an
@@ -80,7 +86,10 @@ class Emitted:
     dtype: str = ""
     fed_by: tuple[str, int] | None = None
     unconverted: int = 0
+    taken_bytes: int = 0
     padded: bool = False
+    added: bool = False
+    looped: bool = False
     sliced: bool = False
     groups: str = ""
     bounded: bool = True
@@ -191,13 +200,14 @@ class _Reader:
             # `(operands, results, contexts)`; those of an all-reduce are its results.
             given = sum(len(arrays) for arrays in operands)
             results = results[given : 2 * given]
+        named = self.named(computation, instruction, names[0])
         common = Emitted(
             kind=KINDS[opcode],
             axes=axes,
             bytes_=0,
             count=1,
-            op_name=_op_name(instruction),
-            source=self.module.source(instruction.attributes),
+            op_name=_op_name(named),
+            source=self.module.source(named.attributes),
             name=instruction.name,
             dtype=results[0][0],
             fed_by=_feeder(computation, names[0]),
@@ -212,50 +222,95 @@ class _Reader:
             own = (
                 _part(computation, instruction, k) if len(operands) > 1 else instruction
             )
+            if not _op_name(own) and len(operands) > 1:
+                own = self.named(computation, own, names[k])
+            makers = list(self.makers(computation, names[k], MOVES | _COPIES))
             yield replace(
                 common,
                 op_name=_op_name(own) or _of_several(common.op_name, k, len(operands)),
                 source=self.module.source(own.attributes) or common.source,
                 used_by=_used_by(computation, own),
-                bytes_=max(bytes_of(given), bytes_of((made,))),
+                # On TPUs a sum may convert what it takes: its result is what counts.
+                bytes_=max(bytes_of(((made[0], d[1]),)) for d in (*given, made)),
                 element=k,
                 elements=len(operands),
                 dtype=made[0],
                 fed_by=_feeder(computation, names[k]),
                 unconverted=self.unconverted(computation, names[k], made)
                 or -_of_convert(_op_name(own) or common.op_name),
-                padded=any(
-                    maker.opcode in ("dynamic-update-slice", "pad")
-                    for _, maker in self.makers(computation, names[k], MOVES)
-                ),
+                padded=any(m.opcode in _PADS for _, m in makers),
+                taken_bytes=bytes_of(given) if given[0][0] != made[0] else 0,
+                looped=any(m.opcode == "while" for _, m in makers),
+                added=any(m.opcode == "add" for _, m in makers),
                 sliced=self.sliced(computation, instruction, k, len(operands)),
             )
+
+    @cached_property
+    def callers(self) -> dict[str, tuple[Computation, Instruction]]:
+        """Who runs each computation that a single instruction runs."""
+        found: dict[str, list[tuple[Computation, Instruction]]] = {}
+        for computation in self.module.computations.values():
+            for instruction in computation.instructions.values():
+                for called in instruction.called:
+                    found.setdefault(called, []).append((computation, instruction))
+        return {name: by[0] for name, by in found.items() if len(by) == 1}
 
     def makers(
         self, computation: Computation, name: str, through: frozenset[str]
     ) -> Iterator[tuple[Computation, Instruction]]:
-        """The op that made a value, found through those that hand it on and fusions."""
-        element = 0
+        """The op that made a value, found through those that hand it on.
+
+        Fusions are looked into, and what a loop only hands on is looked for before it.
+        """
+        element = None
         while (made := computation.instructions.get(name)) is not None:
             if made.opcode == "get-tuple-element":
                 element = int(made.attribute("index"))
+                name = made.operands[0]
+            elif made.opcode == "tuple" and element is not None:
+                name, element = made.operands[element], None
             elif made.opcode == "fusion":
                 computation = self.module.computations[made.called[0]]
                 root = computation.root
-                name = root.operands[element] if root.opcode == "tuple" else root.name
-                continue
-            elif made.opcode not in through:
+                many = root.opcode == "tuple" and element is not None
+                name = root.operands[element or 0] if many else root.name
+                element = None
+            elif made.opcode == "parameter":
+                caller = self.callers.get(computation.name)
+                if caller is None:
+                    return
+                inside, (computation, call) = computation, caller
+                if call.opcode == "fusion":
+                    name = call.operands[int(made.operands[0])]
+                elif call.opcode == "while" and _handed_on(inside, made, element):
+                    name = call.operands[0]
+                else:
+                    return
+            elif made.opcode in through and made.operands:
+                name = made.operands[0]
+            else:
                 yield computation, made
                 return
-            if not made.operands:
-                return
-            name = made.operands[0]
+
+    def named(
+        self, computation: Computation, made: Instruction, operand: str
+    ) -> Instruction:
+        """What says where a collective comes from: itself, or what makes its operand."""
+        if _OP_NAME.search(made.attributes):
+            return made
+        while (before := computation.instructions.get(operand)) is not None:
+            if _OP_NAME.search(before.attributes):
+                return before
+            if before.opcode not in MOVES or not before.operands:
+                break
+            operand = before.operands[0]
+        return made
 
     def unconverted(
         self, computation: Computation, name: str, moved: tuple[str, tuple[int, ...]]
     ) -> int:
         """Bytes of `moved` in the type it was converted from, 0 if it was not."""
-        for inside, maker in self.makers(computation, name, MOVES - {"convert"}):
+        for inside, maker in self.makers(computation, name, _HANDS_ON):
             before = inside.instructions.get(maker.operands[0])
             if maker.opcode == "convert" and before is not None:
                 return bytes_of(((before.arrays[0][0], moved[1]),))
@@ -294,6 +349,20 @@ class _Reader:
 
 def _op_name(instruction: Instruction) -> str:
     return "".join(_OP_NAME.findall(instruction.attributes)[:1])
+
+
+def _handed_on(
+    body: Computation, parameter: Instruction, element: int | None
+) -> bool:
+    """Whether a loop leaves an element of its tuple as it is."""
+    root = body.root
+    if element is None or root.opcode != "tuple":
+        return False
+    after = body.instructions.get(root.operands[element])
+    if after is None or after.opcode != "get-tuple-element":
+        return False
+    same = after.operands[0] == parameter.name
+    return same and after.attribute("index") == str(element)
 
 
 def _of_convert(op_name: str) -> bool:
