@@ -10,12 +10,13 @@ from autoshard.verify.hlo import Emitted
 
 AS_PLANNED = "as planned"
 SLICED_SUM = "reduce-scatter written as all-reduce and slice"
+SCATTERED = "all-reduce of which a slice is kept, written as reduce-scatter"
 PADDED_SUM = "all-gather written as all-reduce of padded parts"
 OTHER_LOOPS = "as planned, in other loops or outside of them"
 MOVED_LOOP = "moved into or out of a loop"
 CONVERTS = "as planned, and converted by the sum itself"
 IN_STEPS = "all-reduce over several axes written as one after another"
-FORMS = (AS_PLANNED, SLICED_SUM, PADDED_SUM, OTHER_LOOPS, MOVED_LOOP, CONVERTS, IN_STEPS)
+FORMS = (AS_PLANNED, SLICED_SUM, SCATTERED, PADDED_SUM, OTHER_LOOPS, MOVED_LOOP, CONVERTS, IN_STEPS)
 """Ways in which the same data movement is written.
 
 The partitioner sums each sharded dim of a reduction on its own; GPU and TPU pipelines
@@ -23,6 +24,7 @@ fold the steps into one, and turn an all-reduce with a slice into a reduce-scatt
 """
 
 AT_ONCE = "partial sums are summed over all axes at once"
+SCATTERED_FIRST = "summed over some axes and scattered, then summed over the others"
 KEPT_WHOLE = "summed everywhere where each device needs a slice"
 CUT = "rows change devices where a sharded dim is cut or extended"
 MERGED = "moved once and kept where the plan moves it again"
@@ -42,6 +44,7 @@ UNNAMED_GROUPS = "devices form groups that no product of mesh axes is"
 UNEXPLAINED = "unexplained"
 CAUSES = (
     AT_ONCE,
+    SCATTERED_FIRST,
     KEPT_WHOLE,
     CUT,
     MERGED,

@@ -27,11 +27,14 @@ from autoshard.verify.sides import (
     growth,
     is_converted,
     is_cut,
+    is_gathered_wide,
     is_kept_whole,
     is_padded_sum,
     is_plain,
+    is_scattered,
     is_sliced_sum,
     is_taken,
+    is_used_by,
     planned_side,
 )
 
@@ -68,13 +71,19 @@ def compare(planned: Sequence[Collective], emitted: Sequence[Emitted]) -> Compar
     # A sum of which a slice is kept is left for a reduce-scatter, if there is one, and
     # a sum of padded parts for a gather. What is surely the same op goes first.
     for least in (2, 0):
+        if least == 0:
+            # All that takes it converts it, and the plan gathers what its ops take.
+            matching.conversions(0, is_gathered_wide)
         matching.agree(c.AS_PLANNED, is_plain, least)
         matching.agree(c.SLICED_SUM, is_sliced_sum, least)
         matching.taken(least)
-        matching.conversions(least)
+        matching.conversions(least, is_converted)
         matching.agree(c.PADDED_SUM, is_padded_sum, least)
-        matching.loops()
-    matching.agree(c.AS_PLANNED, lambda p, e: p.kind == e.kind)
+        matching.agree(c.AS_PLANNED, lambda p, e: p.kind == e.kind, least)
+        matching.loops(least)
+        matching.scattered_first()
+        matching.cancelled()
+    matching.agree(c.SCATTERED, is_scattered)
     matching.sunk()
     matching.spread()
     matching.hoists()
@@ -98,6 +107,7 @@ class _Matching:
     agreements: list[Agreement] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     steps_bytes: int = 0
+    added: set[int] = field(default_factory=set)
 
     def pairs(self) -> Iterator[tuple[PlannedSide, EmittedSide]]:
         """What is left on either side, each with each."""
@@ -231,7 +241,7 @@ class _Matching:
                 if p.left > e.left > 0
                 and p.left % e.left == 0
                 and p.key == e.key
-                and (alike(p, e) or is_sliced_sum(p, e))
+                and (alike(p, e) or is_sliced_sum(p, e) or is_scattered(p, e))
             ]
             if fitting and (e.item.looped or e.primitive == "while"):
                 p = min(fitting, key=lambda p: p.left)
@@ -249,22 +259,49 @@ class _Matching:
                 e.left = 0
                 self.differ(c.HOISTED, [p], [])
 
-    def loops(self) -> None:
+    def loops(self, least: int) -> None:
         """As many bytes in all, in fewer and larger or in more and smaller runs."""
         for p, e in self.pairs():
-            same = p.axes == e.axes and p.total_bytes == e.total_bytes
-            if same and p.kind == e.kind and p.left != e.left and closeness(p, e) >= 2:
+            kinds = p.kind == e.kind or (p.kind, e.kind) == _SUMS
+            same = kinds and p.axes == e.axes and p.total_bytes == e.total_bytes
+            near = closeness(p, e) >= 2 or (e.item.looped and least == 0)
+            if same and near and p.left != e.left:
                 self.agreed(c.MOVED_LOOP, p, [e], p.total_bytes)
                 p.left = e.left = 0
 
     # -- what does not -----------------------------------------------------------
 
-    def conversions(self, least: int) -> None:
+    def conversions(self, least: int, test: Test) -> None:
         """The same movement after the conversion that the plan has behind it."""
         for near in range(3, least - 1, -1):
             for p, e in self.pairs():
-                if closeness(p, e) >= near and is_converted(p, e):
+                if p.left == e.left and closeness(p, e) >= near and test(p, e):
                     self.differ(c.OTHER_DTYPE, [p], [e])
+
+    def cancelled(self) -> None:
+        """Gathers of what is not cut up in the first place."""
+        for p in self.planned:
+            if p.left and p.kind == "all_gather" and self.is_whole(p):
+                near = (closeness(p, e) for e in self.emitted if e.left)
+                if max(near, default=0) < 3:
+                    self.differ(c.CANCELLED, [p], [])
+
+    def scattered_first(self) -> None:
+        """Sums over several axes, scattered over some and then summed over the rest."""
+        for p in self.planned:
+            for e in self.emitted:
+                if not p.left or p.kind != "all_reduce" or e.kind != "reduce_scatter":
+                    continue
+                same = e.item.bytes_ == p.item.bytes_ and e.left == p.left
+                rest = p.axes - e.axes
+                if not (same and rest and e.axes < p.axes):
+                    continue
+                for f in self.emitted:
+                    fed = f.item.fed_by == (e.item.name, e.item.element)
+                    sums = f.left and f.kind == "all_reduce" and f.axes == rest
+                    whole = sums and p.total_bytes % f.total_bytes == 0
+                    if whole and e.left and (fed or (f.item.looped and f.left < e.left)):
+                        self.differ(c.SCATTERED_FIRST, [p], [e, f])
 
     def at_once(self) -> None:
         """One sum over all axes where the plan has several for the same result."""
@@ -319,6 +356,8 @@ class _Matching:
                 cause = c.MERGED
             elif "/" in value and (p.kind, p.axes, value) in arrays:
                 cause = c.MERGED
+            elif any(is_used_by(p, e) for e in self.emitted if not e.left):
+                cause = c.MERGED
             elif p.kind in _SUMS and self.is_added(p):
                 cause = c.ADDED
             elif p.kind == "all_gather" and self.is_whole(p):
@@ -341,22 +380,27 @@ class _Matching:
             self.differ(cause, [], [e])
 
     def is_added(self, p: PlannedSide) -> bool:
-        """Whether an emitted sum, that of an alike one, is of two values added up."""
-        return any(
-            (frozenset(a.planned.axes), a.planned.bytes_) == p.key
-            and a.planned.count == p.left
-            and any(e.added for e in a.emitted)
-            for a in self.agreements
-        )
+        """Whether an emitted sum, that of an alike one, is of two values added up.
+
+        Each accounts for one sum that is not emitted.
+        """
+        for k, e in enumerate(self.emitted):
+            once = e.item.added and e.item.count == p.left
+            after = e.item.looped and p.left % max(e.item.count, 1) == 0
+            same = k not in self.added and not e.left and e.key == p.key
+            if same and e.kind in _SUMS and (once or after):
+                self.added.add(k)
+                return True
+        return False
 
     def is_whole(self, p: PlannedSide) -> bool:
         """Whether what is gathered was cut out of a sum, on the same line."""
-        return any(
+        return "/" not in p.item.value and any(
             q.kind in _SUMS
             and not q.left
             and q.item.bytes_ == p.item.bytes_
             and q.item.count == p.left
             and q.axes >= p.axes
-            and (q.file, q.line) == (p.file, p.line)
+            and (q.file, q.line, q.scope) == (p.file, p.line, p.scope)
             for q in self.planned
         )

@@ -37,6 +37,11 @@ class Side(Generic[Item]):
         return self.item.kind
 
     @property
+    def scope(self) -> str:
+        """Where the op of its address stands."""
+        return self.address.rpartition("/")[0]
+
+    @property
     def axes(self) -> frozenset[str]:
         """Mesh axes, in no order."""
         return frozenset(self.item.axes)
@@ -114,6 +119,11 @@ def is_sliced_sum(p: PlannedSide, e: EmittedSide) -> bool:
     return _is_sum_for_scatter(p, e) and e.item.sliced
 
 
+def is_scattered(p: PlannedSide, e: EmittedSide) -> bool:
+    """Whether it is a sum of which a slice is kept, written as a reduce-scatter."""
+    return p.kind == "all_reduce" and e.kind == "reduce_scatter" and p.key == e.key
+
+
 def is_kept_whole(p: PlannedSide, e: EmittedSide) -> bool:
     """Whether it is a reduce-scatter, written as a sum that no slice is taken of."""
     return _is_sum_for_scatter(p, e) and not e.item.sliced
@@ -131,10 +141,24 @@ def is_taken(p: PlannedSide, e: EmittedSide) -> bool:
 
 
 def is_converted(p: PlannedSide, e: EmittedSide) -> bool:
-    """Whether it is what was planned, but for a conversion that comes first now."""
-    if not alike(p, e) or p.left != e.left:
+    """Whether it is what was planned, but for a conversion that changed its place."""
+    if not alike(p, e) or e.item.bytes_ == p.item.bytes_:
         return False
-    return e.item.unconverted == p.item.bytes_ != e.item.bytes_
+    return p.item.bytes_ in (e.item.unconverted, e.item.converted)
+
+
+def is_gathered_wide(p: PlannedSide, e: EmittedSide) -> bool:
+    """Whether it is the planned gather before what it moves is made narrower."""
+    same = alike(p, e) and p.kind == "all_gather"
+    return same and p.item.bytes_ == e.item.converted < e.item.bytes_
+
+
+def is_used_by(p: PlannedSide, e: EmittedSide) -> bool:
+    """Whether what is moved for another op is what the op of a plan takes as well."""
+    if not alike(p, e) or p.kind != "all_gather":
+        return False
+    stack = re.sub(r"#\d+(:\w+)?", "", p.address).replace("scan/", "").split("/")
+    return any(name.split("/")[-len(stack) :] == stack for name in e.item.users)
 
 
 def _is_sum_for_scatter(p: PlannedSide, e: EmittedSide) -> bool:
