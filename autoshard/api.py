@@ -46,7 +46,7 @@ from autoshard.rules import register_rule
 from autoshard.rules.check import check_rule
 from autoshard.rules.registry import rules_of
 from autoshard.search import search_plans
-from autoshard.verify import Verdict, verify_collectives
+from autoshard.verify import Target, Verification, beyond, target_of, verify_lowered
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adafactor": optax.adafactor,
@@ -116,7 +116,7 @@ def token_batch(batch: int, seq: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {"tokens": leaf, "targets": leaf}
 
 
-def resolve(ref: ModelRef) -> Resolved:
+def resolve(ref: ModelRef, *, layers: int | None = None) -> Resolved:
     """Builds the train step a model reference names; nothing is computed.
 
     Args:
@@ -124,6 +124,7 @@ def resolve(ref: ModelRef) -> Resolved:
             `config.json`, or `package.module:function`. The function returns a
             `TrainStep`, or an NNX module that maps tokens to logits (it may take
             `nnx.Rngs`).
+        layers: Build a model of the zoo or of a config with so many blocks.
 
     Returns:
         The step and its abstract batch.
@@ -147,6 +148,25 @@ def resolve(ref: ModelRef) -> Resolved:
     if ":" in ref.model and not Path(ref.model).exists():
         step = _from_function(ref, update)
         return Resolved(step, batch, ref)
+    config, notes = _config(ref)
+    if layers is not None:
+        config = dataclasses.replace(config, layers=layers)
+    if ref.seq > config.max_seq:
+        raise InputError(
+            f"--seq {ref.seq} is longer than model {config.name!r} allows "
+            f"({config.max_seq} positions); choose a shorter sequence."
+        )
+    config = dataclasses.replace(
+        config, dtype=DTYPES[ref.dtype], scan_layers=ref.scan_layers
+    )
+    step = train_step(
+        models.next_token_loss, update, model=lambda rngs: models.build(config, rngs)
+    )
+    return Resolved(step, batch, ref, notes)
+
+
+def _config(ref: ModelRef) -> tuple[models.DecoderConfig, tuple[str, ...]]:
+    """The config that a model reference names, and notes on what it leaves out."""
     notes: tuple[str, ...] = ()
     if ref.model in models.PRESETS:
         config = models.get(ref.model)
@@ -162,18 +182,7 @@ def resolve(ref: ModelRef) -> Resolved:
             f"{', '.join(models.names())}, nor the path of a Hugging Face config.json, "
             f"nor package.module:function.{_meant(ref.model, models.names())}"
         )
-    if ref.seq > config.max_seq:
-        raise InputError(
-            f"--seq {ref.seq} is longer than model {config.name!r} allows "
-            f"({config.max_seq} positions); choose a shorter sequence."
-        )
-    config = dataclasses.replace(
-        config, dtype=DTYPES[ref.dtype], scan_layers=ref.scan_layers
-    )
-    step = train_step(
-        models.next_token_loss, update, model=lambda rngs: models.build(config, rngs)
-    )
-    return Resolved(step, batch, ref, notes)
+    return config, notes
 
 
 def _from_function(ref: ModelRef, update: optax.GradientTransformation) -> TrainStep:
@@ -350,34 +359,117 @@ def verify_plan(
     fn: Callable[..., Any],
     plan: Plan,
     *abstract_args: Any,
-    devices: Iterable[Any] | None = None,
-) -> Verdict:
-    """Compiles a planned step and holds its collectives against those planned.
+    target: str | None = None,
+    blocks: str | int = "full",
+    log: Callable[[str], None] | None = None,
+) -> Verification:
+    """Compiles a planned step for the plan's own chips, and holds it against the plan.
+
+    No TPU or GPU is needed, only its compiler: `pip install 'autoshard[tpu]'` or
+    `'autoshard[gpu]'`.
 
     Args:
         fn: The `TrainStep`, or the plain function, that the plan was made for.
         plan: From `search` or a file.
         *abstract_args: For a plain function, the arguments given to `search`.
-        devices: Devices to compile for, by default `jax.devices()`.
+        target: `"tpu"`, `"gpu"` or `"host"`, which is so many virtual CPU devices; by
+            default what the plan's chips are.
+        blocks: `"full"` compiles the plan's program. 1 or 2 compiles that of the same
+            model with so many blocks; with 2 the figures of the full one are reckoned
+            from both. `"auto"` does so where the blocks are unrolled and many.
+        log: Called with progress in words.
 
     Returns:
-        Planned against emitted collectives, after partitioning and after optimization.
+        Planned against emitted collectives, memory and time.
 
     Raises:
-        PlanMismatchError: The plan is for another program or more devices.
-        InputError: A plain function came without its arguments, or the compiler's
-            output cannot be read.
+        PlanMismatchError: The plan is for another program.
+        InputError: A plain function came without its arguments, the compiler is not
+            installed or does not know the topology, or `blocks` asks for a model that
+            the plan does not name.
 
     >>> args = jnp.ones((8, 4)), jnp.ones((16, 8))
     >>> plan = search(jnp.matmul, *args, cluster="cpu:1", strategy="dp")
-    >>> verify_plan(jnp.matmul, plan, *args).optimized.differences
-    ()
+    >>> verify_plan(jnp.matmul, plan, *args).unexplained
+    0
     """
-    chosen = None if devices is None else list(devices)
-    step = parallelize(fn, plan, *abstract_args, devices=chosen)
+    where = target_of(plan, target)
+    log = log or (lambda _: None)
+    depth = _depth(plan)
+    wanted = _blocks(plan, blocks, depth)
+    if not wanted:
+        return _verify(fn, plan, abstract_args, where, log)
+    found = []
+    for layers in wanted:
+        shallow, resolved = _shallow(plan, layers)
+        log(f"{layers} of {depth} blocks")
+        found.append(_verify(resolved.step, shallow, (), where, log))
+    if len(found) == 1:
+        return dataclasses.replace(found[0], blocks=wanted)
+    assert depth is not None
+    return beyond(plan, found[0], found[1], (*wanted, depth))
+
+
+def _verify(
+    fn: Callable[..., Any],
+    plan: Plan,
+    abstract_args: tuple[Any, ...],
+    target: Target,
+    log: Callable[[str], None],
+) -> Verification:
+    step = parallelize(fn, plan, *abstract_args, devices=target.devices())
     if isinstance(step, ParallelStep):
         abstract_args = step.abstract_state, step.abstract_batch
-    return verify_collectives(plan, step.jitted.lower(*abstract_args))
+    else:
+        abstract_args = tuple(step.args)
+    log(f"compiling for {target.kind} {target.name}")
+    return verify_lowered(plan, step.jitted.lower(*abstract_args), target)
+
+
+UNROLLED_AT_MOST = 8
+"""Unrolled blocks beyond which a program is not compiled whole unless asked to."""
+
+
+def _depth(plan: Plan) -> int | None:
+    """Blocks of the model that a plan names, None where it names none."""
+    ref = plan.program.model
+    if ref is None or (":" in ref.model and not Path(ref.model).exists()):
+        return None
+    return _config(ref)[0].layers
+
+
+def _blocks(plan: Plan, blocks: str | int, depth: int | None) -> tuple[int, ...]:
+    """How many blocks to compile; none for the plan's own program."""
+    if blocks not in ("auto", "full", "1", "2", 1, 2):
+        raise InputError(f"--blocks must be auto, full, 1 or 2; got {blocks}.")
+    if blocks == "full":
+        return ()
+    ref = plan.program.model
+    if depth is None or ref is None:
+        if blocks == "auto":
+            return ()
+        raise InputError(
+            f"--blocks {blocks} needs a model by its name or config.json, whose number "
+            "of blocks can be changed; this plan's program is a function. Verify it "
+            "with --blocks full."
+        )
+    if blocks == "auto" and (ref.scan_layers or depth <= UNROLLED_AT_MOST):
+        return ()  # a loop compiles as fast whatever its turns are
+    few = 1 if str(blocks) == "1" else 2
+    if depth <= few:
+        return ()
+    # A loop of one turn is none: compilers treat what is in it otherwise.
+    pair = (2, 3) if ref.scan_layers else (1, 2)
+    return (1,) if few == 1 else pair
+
+
+def _shallow(plan: Plan, layers: int) -> tuple[Plan, Resolved]:
+    """The plan of the same model with fewer blocks, decided alike."""
+    assert plan.program.model is not None
+    resolved = resolve(plan.program.model, layers=layers)
+    chips = _cluster(plan.cluster.name)
+    [shallow] = search_plans(resolved.step, (resolved.batch,), chips, plan.strategy)
+    return shallow, resolved
 
 
 def model_names() -> list[str]:

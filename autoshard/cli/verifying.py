@@ -2,105 +2,93 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from autoshard.cli.output import Json, say, show, show_json
 from autoshard.cli.running import load_named
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from autoshard.verify import Comparison, Verdict
-
-STAGES = ("partitioned", "optimized")
-
 
 def verify(
     plan_file: Annotated[
         str, typer.Argument(metavar="PLAN", help="A plan that `search -o` wrote.")
     ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="tpu|gpu|host",
+            help="Whose compiler; that of the plan's chips when not given. host is as "
+            "many virtual CPU devices.",
+        ),
+    ] = None,
+    blocks: Annotated[
+        str,
+        typer.Option(
+            "--blocks",
+            metavar="auto|full|1|2",
+            help="Compile the whole program, or those of one and two blocks and reckon "
+            "the rest; auto does so where the blocks are unrolled and many.",
+        ),
+    ] = "auto",
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Constrain the values that XLA moves against the plan, compile again "
+            "and write the plan that it follows better to -o.",
+        ),
+    ] = False,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="NEW", help="Where --repair writes."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compile a plan's step and compare the collectives planned with those emitted.
+    """Compile a plan for its own chips, none of them needed, and compare.
 
-    It is compiled by XLA for as many virtual CPU devices as the plan has chips; nothing
-    is run. What XLA adds, leaves out or changes is named with its cause. The exit code
-    is 5 where a difference has no known cause.
+    Shows the collectives planned and emitted, what XLA added or changed and why, memory
+    and time as planned and as the compiler says, and whether it fits. The exit code is
+    4 where it does not fit, and 5 where a difference has no known cause.
     """
     from autoshard import api
-    from autoshard.cli.devices import devices_for
-    from autoshard.ir.errors import PlanMismatchError
+    from autoshard.cli.devices import plan_on_cpu
+    from autoshard.cli.verified import as_dict, report
+    from autoshard.ir.errors import InfeasibleError, InputError, PlanMismatchError
 
+    if repair != (output is not None):
+        raise InputError("--repair writes to -o NEW, and -o is for --repair: give both.")
+    if output is not None:
+        api.check_writable(output)
     plan = load_named(plan_file, "verify it there, with autoshard.verify_plan")
     assert plan.program.model is not None
-    count = plan.cluster.num_chips
-    devices = devices_for(f"cpu:{count}", "cpu", count)
-    resolved = api.resolve(plan.program.model)
-    say(f"compiling for {count} virtual CPU devices")
-    verdict = api.verify_plan(resolved.step, plan, devices=devices)
-    if as_json:
-        show_json(_as_dict(verdict))
+    plan_on_cpu()
+    step = api.resolve(plan.program.model).step
+    mended: dict[str, Any] = {}
+    if repair and output is not None:
+        done = api.repair_plan(step, plan, target=target, log=say)
+        found = done.after
+        mended = {"constraints_added": len(done.added), "repaired": done.better}
+        if done.better:
+            api.save_plan(done.plan, output)
+            say(f"wrote {output}: {len(done.added)} constraints added")
+        else:
+            say(f"could not repair it, {output} is not written: {done.why}")
     else:
-        show(_table(verdict))
-    unexplained = len(verdict.optimized.unexplained + verdict.partitioned.unexplained)
-    if unexplained:
-        raise PlanMismatchError(
-            f"{unexplained} differences between planned and emitted collectives have "
-            "no known cause; they are listed above. Search the plan again with this "
-            "version of JAX; if they stay, report them with the plan."
+        found = api.verify_plan(step, plan, target=target, blocks=blocks, log=say)
+    if as_json:
+        show_json({**as_dict(found), **mended})
+    else:
+        show(report(found))
+    if found.fits is False:
+        raise InfeasibleError(
+            "the program does not fit in the memory of its chips, as shown above; "
+            "search with more chips, or a strategy that shards or recomputes more."
         )
-
-
-def _as_dict(verdict: Verdict) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        stage: {
-            "planned_bytes": one.planned_bytes,
-            "emitted_bytes": one.emitted_bytes,
-            "matched_bytes": one.matched_bytes,
-            "fraction": one.fraction,
-            "forms_bytes": one.by_form(),
-            "causes_bytes": one.by_cause(),
-            "differences": [str(difference) for difference in one.differences],
-        }
-        for stage, one in _comparisons(verdict)
-    }
-    found["rematerialized"] = list(verdict.rematerialized)
-    return found
-
-
-def _comparisons(verdict: Verdict) -> list[tuple[str, Comparison]]:
-    return [(stage, getattr(verdict, stage)) for stage in STAGES]
-
-
-def _table(verdict: Verdict) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
-    from autoshard.report.table import bullets, heading, new_table
-    from autoshard.report.units import bytes_text, percent_text
-
-    both = [one for _, one in _comparisons(verdict)]
-    table = new_table("bytes of all collectives of a step")
-    for name in ("after partitioning", "after optimization"):
-        table.add_column(name, justify="right")
-
-    def add(name: str, cells: list[str]) -> None:
-        table.add_row(Text(name), *cells)
-
-    add("planned", [bytes_text(one.planned_bytes) for one in both])
-    add("emitted", [bytes_text(one.emitted_bytes) for one in both])
-    add("of them alike", [percent_text(one.fraction) for one in both])
-    for sums in ([one.by_form() for one in both], [one.by_cause() for one in both]):
-        for name in dict.fromkeys(name for each in sums for name in each):
-            add(f"- {name}", [bytes_text(each.get(name, 0)) for each in sums])
-    parts: list[RenderableType] = [table]
-    for name, one in zip(("partitioning", "optimization"), both, strict=True):
-        if one.differences:
-            parts.append(heading(f"Differences after {name}"))
-            parts.append(bullets(map(str, one.differences)))
-    if verdict.rematerialized:
-        parts.append(heading("Gathered whole on every device, as XLA warns"))
-        parts.append(bullets(verdict.rematerialized))
-    return Group(*parts)
+    if found.unexplained:
+        raise PlanMismatchError(
+            f"{found.unexplained} differences between planned and emitted collectives "
+            "have no known cause; they are listed above. Search the plan again with "
+            "this version of JAX; if they stay, report them with the plan."
+        )
