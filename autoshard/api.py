@@ -31,7 +31,7 @@ from autoshard.ir.annotations.paths import SpecMap
 from autoshard.ir.errors import InputError, NameUnknownError
 from autoshard.ir.trace import trace
 from autoshard.ir.train_step import TrainStep, train_step
-from autoshard.lower import ParallelFunction, ParallelStep, parallelize
+from autoshard.lower import ParallelFunction, ParallelStep, batch_of, parallelize
 from autoshard.plan.cluster import Cluster, cluster
 from autoshard.plan.cluster import names as cluster_names
 from autoshard.plan.files import (
@@ -41,12 +41,19 @@ from autoshard.plan.files import (
     save_plan,
     strategy_names,
 )
-from autoshard.plan.schema import ModelRef, Plan, Strategy
+from autoshard.plan.schema import Constraint, ModelRef, Plan, Strategy
 from autoshard.rules import register_rule
 from autoshard.rules.check import check_rule
 from autoshard.rules.registry import rules_of
-from autoshard.search import search_plans
-from autoshard.verify import Target, Verification, beyond, target_of, verify_lowered
+from autoshard.search import constraints_at, search_plans
+from autoshard.verify import (
+    Target,
+    Verification,
+    beyond,
+    target_of,
+    unplanned,
+    verify_lowered,
+)
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adafactor": optax.adafactor,
@@ -472,6 +479,80 @@ def _shallow(plan: Plan, layers: int) -> tuple[Plan, Resolved]:
     return shallow, resolved
 
 
+class Repair(NamedTuple):
+    """What came of constraining a plan where the compiler did otherwise.
+
+    Attributes:
+        plan: With the constraints that were added, or as it was.
+        added: These constraints.
+        before: The verification of the plan as it was.
+        after: That of the repaired one; `before` where it is no better.
+        better: Whether the compiler moves less that is not planned.
+        why: Why it is not better.
+    """
+
+    plan: Plan
+    added: tuple[Constraint, ...]
+    before: Verification
+    after: Verification
+    better: bool
+    why: str
+
+
+def repair_plan(
+    fn: Callable[..., Any],
+    plan: Plan,
+    *abstract_args: Any,
+    target: str | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Repair:
+    """Adds constraints to a plan where the compiler moves what the plan does not.
+
+    The values computed on the lines of these collectives are pinned to the specs that
+    the plan has for them, and the step is compiled again.
+
+    Args:
+        fn: As for `verify_plan`.
+        plan: As for `verify_plan`.
+        *abstract_args: As for `verify_plan`.
+        target: As for `verify_plan`.
+        log: As for `verify_plan`.
+
+    Returns:
+        The repaired plan if it is better, and both verifications.
+
+    Raises:
+        PlanMismatchError: As `verify_plan`.
+        InputError: As `verify_plan`.
+
+    >>> args = jnp.ones((8, 4)), jnp.ones((16, 8))
+    >>> plan = search(jnp.matmul, *args, cluster="cpu:1", strategy="dp")
+    >>> repair_plan(jnp.matmul, plan, *args).why
+    'the compiler moves nothing that is not planned'
+    """
+    say = log or (lambda _: None)
+    before = verify_plan(fn, plan, *abstract_args, target=target, log=log)
+    lines = unplanned(before).lines
+    if not lines:
+        nothing = "the compiler moves nothing that is not planned"
+        return Repair(plan, (), before, before, False, nothing)
+    args = (batch_of(plan),) if isinstance(fn, TrainStep) else abstract_args
+    added = constraints_at(fn, args, plan, lines)
+    if not added:
+        full = f"all values on {', '.join(sorted(lines))} are constrained already"
+        return Repair(plan, (), before, before, False, full)
+    say(f"{len(added)} constraints on {', '.join(sorted(lines))}")
+    both = sorted((*plan.constraints, *added), key=lambda c: (c.address, c.slot))
+    mended = plan.model_copy(update={"constraints": tuple(both)})
+    after = verify_plan(fn, mended, *abstract_args, target=target, log=log)
+    had, has = unplanned(before).bytes_, unplanned(after).bytes_
+    say(f"bytes moved and not planned: {had} before, {has} after")
+    if has >= had or after.unexplained > before.unexplained:
+        worse = f"{len(added)} more constraints leave {has} of {had} bytes unplanned"
+        return Repair(plan, (), before, before, False, worse)
+    return Repair(mended, added, before, after, True, "")
+
+
 def model_names() -> list[str]:
     """Names of the models of the zoo.
 
@@ -489,6 +570,7 @@ __all__ = [
     "ParallelFunction",
     "ParallelStep",
     "Plan",
+    "Repair",
     "Resolved",
     "Strategy",
     "TrainStep",
@@ -502,6 +584,7 @@ __all__ = [
     "optimizer",
     "parallelize",
     "register_rule",
+    "repair_plan",
     "resolve",
     "save_plan",
     "search",

@@ -5,7 +5,14 @@ from __future__ import annotations
 from autoshard.verify.comparison import CAUSES, FORMS, Comparison, Difference
 from autoshard.verify.targets import KINDS, Target, target_of
 from autoshard.verify.verdict import Verdict, verify_collectives
-from autoshard.verify.verification import Row, Verification, beyond, verify_lowered
+from autoshard.verify.verification import (
+    Row,
+    Unplanned,
+    Verification,
+    beyond,
+    unplanned,
+    verify_lowered,
+)
 
 __all__ = [
     "CAUSES",
@@ -15,10 +22,12 @@ __all__ = [
     "Difference",
     "Row",
     "Target",
+    "Unplanned",
     "Verdict",
     "Verification",
     "beyond",
     "target_of",
+    "unplanned",
     "verify_collectives",
     "verify_lowered",
 ]

@@ -11,7 +11,15 @@ from typing import Any
 from autoshard.plan.schema import Collective, Plan
 from autoshard.verify.aot import Compiled, CompiledMemory, OutOfMemory, compile_for
 from autoshard.verify.clocks import CompilerTime, gpu_time, tpu_time
-from autoshard.verify.comparison import AS_PLANNED, Comparison
+from autoshard.verify.comparison import (
+    AS_PLANNED,
+    CUT,
+    OTHER_AXES,
+    OTHER_BYTES,
+    OTHER_KIND,
+    UNEXPLAINED,
+    Comparison,
+)
 from autoshard.verify.hlo import Emitted, collectives
 from autoshard.verify.match import compare
 from autoshard.verify.module import Module
@@ -241,6 +249,39 @@ def side(item: Collective | Emitted) -> Side:
         file = file.removeprefix(os.path.join(root, ""))
     line = f"{file}:{rest.split(':')[0]}" if file else ""
     return item.kind, tuple(item.axes), line
+
+
+@dataclass(frozen=True, slots=True)
+class Unplanned:
+    """What a compiler moves that no plan says.
+
+    Attributes:
+        bytes_: Bytes of all runs.
+        lines: The lines it is moved for, `file:line`.
+    """
+
+    bytes_: int
+    lines: frozenset[str]
+
+
+_NOT_SO = frozenset((OTHER_AXES, OTHER_BYTES, OTHER_KIND, CUT, UNEXPLAINED))
+
+
+def unplanned(found: Verification) -> Unplanned:
+    """What XLA added, and what it moves for an op in place of what is planned.
+
+    Taken right after partitioning where that is shown: later passes only rewrite.
+    """
+    comparison = found.partitioned or found.comparison
+    bytes_, lines = 0, set()
+    for difference in comparison.differences if comparison else ():
+        alone = bool(difference.emitted) and not difference.planned
+        if not alone and difference.cause not in _NOT_SO:
+            continue
+        bytes_ += max(difference.planned_bytes, difference.emitted_bytes)
+        sides = (*difference.planned, *difference.emitted)
+        lines |= {side(item)[2] for item in sides}
+    return Unplanned(bytes_, frozenset(line for line in lines if ":" in line))
 
 
 def beyond(
