@@ -553,6 +553,48 @@ def repair_plan(
     return Repair(mended, added, before, after, True, "")
 
 
+def rank_verified(
+    fn: Callable[..., Any],
+    plans: Iterable[Plan],
+    *abstract_args: Any,
+    target: str | None = None,
+    log: Callable[[str], None] | None = None,
+) -> list[tuple[Plan, Verification]]:
+    """Compiles plans and ranks them by what the compiler says.
+
+    Args:
+        fn: As for `verify_plan`.
+        plans: Of one search.
+        *abstract_args: As for `verify_plan`.
+        target: As for `verify_plan`.
+        log: As for `verify_plan`.
+
+    Returns:
+        Each plan and its verification: those that fit first, then the fastest. The time
+        is the compiler's, and the planned one of collectives where the compiler
+        estimates none; a plan that the compiler refuses comes last.
+
+    Raises:
+        PlanMismatchError: As `verify_plan`.
+        InputError: As `verify_plan`.
+
+    >>> args = jnp.ones((8, 4)), jnp.ones((16, 8))
+    >>> plans = search(jnp.matmul, *args, cluster="cpu:1", strategy="dp", top=1)
+    >>> [found.fits for _, found in rank_verified(jnp.matmul, plans, *args)]
+    [None]
+    """
+    found = [
+        (
+            plan,
+            verify_plan(
+                fn, plan, *abstract_args, target=target, blocks="auto", log=log
+            ),
+        )
+        for plan in plans
+    ]
+    return sorted(found, key=lambda pair: (pair[1].fits is False, pair[1].step_s))
+
+
 def model_names() -> list[str]:
     """Names of the models of the zoo.
 
@@ -583,6 +625,7 @@ __all__ = [
     "model_names",
     "optimizer",
     "parallelize",
+    "rank_verified",
     "register_rule",
     "repair_plan",
     "resolve",

@@ -89,9 +89,14 @@ app.command(
         "run plan.json --steps 1000 --checkpoint run1 --metrics run1.jsonl --resume",
     )
 )(running.run)
-app.command(epilog=_examples("verify plan.json", "verify plan.json --json"))(
-    verifying.verify
-)
+app.command(
+    epilog=_examples(
+        "verify plan.json",
+        "verify plan.json --target host --json",
+        "verify plan.json --blocks 2",
+        "verify plan.json --repair -o repaired.json",
+    )
+)(verifying.verify)
 app.command(epilog=_examples("models", "models --json"))(lists.models)
 app.command(epilog=_examples("clusters", "clusters --json"))(lists.clusters)
 app.command(epilog=_examples("strategies", "strategies --json"))(lists.strategies)

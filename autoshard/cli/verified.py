@@ -11,8 +11,11 @@ from autoshard.report.table import bullets, heading, new_table
 from autoshard.report.units import bytes_text, percent_text, seconds_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
+    from autoshard.plan.schema import Plan
     from autoshard.verify import Comparison, Row, Verification
 
 ROWS = 40
@@ -213,4 +216,25 @@ def _shares(found: Verification) -> Table:
     for sums in ([one.by_form() for one in both], [one.by_cause() for one in both]):
         for name in dict.fromkeys(name for each in sums for name in each):
             add(f"- {name}", [bytes_text(each.get(name, 0)) for each in sums])
+    return table
+
+
+def ranking(ranked: Sequence[tuple[Plan, Verification]]) -> RenderableType:
+    """Plans of a search, the best by what the compiler says first."""
+    table = new_table("", "mesh", "fits")
+    for name in ("memory", "compiled", "step", "compute", "compiled", "unexplained"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rank, (plan, found) in enumerate(ranked, 1):
+        memory, time = found.compiled, found.time
+        table.add_row(
+            str(rank),
+            " ".join(f"{a.axis}={a.size}" for a in plan.axes if a.size > 1) or "-",
+            {True: "yes", False: "no", None: "no limit"}[found.fits],
+            bytes_text(found.planned),
+            bytes_text(memory.peak_bytes) if memory else "refused",
+            seconds_text(plan.predicted.step_s),
+            seconds_text(found.planned_compute_s),
+            seconds_text(time.compute_s) if time else "-",
+            str(found.unexplained),
+        )
     return table

@@ -106,6 +106,14 @@ class Verification:
         return self.compiled.peak_bytes <= self.capacity
 
     @property
+    def step_s(self) -> float:
+        """Seconds a step: the compiler's figures, and planned ones where it has none."""
+        time = self.time
+        compute_s = time.compute_s if time else self.planned_compute_s
+        moved_s = time.collective_s if time else None
+        return compute_s + (self.planned_collective_s if moved_s is None else moved_s)
+
+    @property
     def memory_error(self) -> float | None:
         """By which part of the compiled memory the planned is more."""
         if self.compiled is None:
