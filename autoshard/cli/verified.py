@@ -108,7 +108,9 @@ def report(found: Verification) -> RenderableType:
     if found.comparison is not None:
         parts += [heading("Collectives of a step, planned and emitted"), _rows(found)]
         if len(found.rows) > ROWS:
-            parts.append(Text(f"... and {len(found.rows) - ROWS} more; --json has all."))
+            parts.append(
+                Text(f"... and {len(found.rows) - ROWS} more; --json has all.")
+            )
         parts += [heading("Of all bytes"), _shares(found)]
         unexplained = found.comparison.unexplained
         if unexplained:

@@ -58,7 +58,9 @@ def verify(
     from autoshard.ir.errors import InfeasibleError, InputError, PlanMismatchError
 
     if repair != (output is not None):
-        raise InputError("--repair writes to -o NEW, and -o is for --repair: give both.")
+        raise InputError(
+            "--repair writes to -o NEW, and -o is for --repair: give both."
+        )
     if output is not None:
         api.check_writable(output)
     plan = load_named(plan_file, "verify it there, with autoshard.verify_plan")

@@ -66,7 +66,9 @@ reported_bytes=0)
         """
         names = [field.name for field in fields(self)]
         pairs = ((getattr(before, name), getattr(self, name)) for name in names)
-        return CompiledMemory(*(max(0, two + turns * (two - one)) for one, two in pairs))
+        return CompiledMemory(
+            *(max(0, two + turns * (two - one)) for one, two in pairs)
+        )
 
 
 @dataclass(frozen=True, slots=True)

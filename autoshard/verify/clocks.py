@@ -99,6 +99,6 @@ def _is_work(instruction: Instruction) -> bool:
     """Whether an op without a time can take any: some custom calls only mark values."""
     return not re.search(
         r'custom_call_target="(AllocateBuffer|Sharding|AsyncCollective\w+|'
-        r'annotate_device_placement|ConsumeBuffer|xla\.)',
+        r"annotate_device_placement|ConsumeBuffer|xla\.)",
         instruction.attributes,
     )

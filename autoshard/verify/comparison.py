@@ -16,7 +16,16 @@ OTHER_LOOPS = "as planned, in other loops or outside of them"
 MOVED_LOOP = "moved into or out of a loop"
 CONVERTS = "as planned, and converted by the sum itself"
 IN_STEPS = "all-reduce over several axes written as one after another"
-FORMS = (AS_PLANNED, SLICED_SUM, SCATTERED, PADDED_SUM, OTHER_LOOPS, MOVED_LOOP, CONVERTS, IN_STEPS)
+FORMS = (
+    AS_PLANNED,
+    SLICED_SUM,
+    SCATTERED,
+    PADDED_SUM,
+    OTHER_LOOPS,
+    MOVED_LOOP,
+    CONVERTS,
+    IN_STEPS,
+)
 """Ways in which the same data movement is written.
 
 The partitioner sums each sharded dim of a reduction on its own; GPU and TPU pipelines
@@ -34,6 +43,7 @@ ADDED = "what is added up is summed once, where the plan sums each and adds"
 CANCELLED = "gathered from a slice of a sum, which is kept whole instead"
 RECOMPUTED = "moved again where the backward pass recomputes"
 REPEATED = "the same collective is emitted more than once"
+INDICES = "indices of a lookup are made in parts and gathered for it"
 DEVICE_ORDER = "blocks change their device, no dim its axes"
 PADDED = "a dim that does not divide is padded"
 OTHER_DTYPE = "moved in another element type"
@@ -54,6 +64,7 @@ CAUSES = (
     CANCELLED,
     RECOMPUTED,
     REPEATED,
+    INDICES,
     DEVICE_ORDER,
     PADDED,
     OTHER_DTYPE,

@@ -359,7 +359,7 @@ class _Reader:
     def named(
         self, computation: Computation, made: Instruction, operand: str
     ) -> Instruction:
-        """What says where a collective comes from: itself, or what makes its operand."""
+        """What says where a collective comes from: it, or what makes its operand."""
         if _OP_NAME.search(made.attributes):
             return made
         while (before := computation.instructions.get(operand)) is not None:
@@ -515,9 +515,7 @@ def _retypes(made: Instruction, before: Instruction) -> bool:
     return len(types) > 1 and made.opcode in ("copy", "bitcast", "reshape", "transpose")
 
 
-def _handed_on(
-    body: Computation, parameter: Instruction, element: int | None
-) -> bool:
+def _handed_on(body: Computation, parameter: Instruction, element: int | None) -> bool:
     """Whether a loop leaves an element of its tuple as it is."""
     root = body.root
     if element is None or root.opcode != "tuple":

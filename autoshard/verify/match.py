@@ -29,6 +29,7 @@ from autoshard.verify.sides import (
     is_cut,
     is_gathered_wide,
     is_kept_whole,
+    is_of_indices,
     is_padded_sum,
     is_plain,
     is_scattered,
@@ -300,7 +301,11 @@ class _Matching:
                     fed = f.item.fed_by == (e.item.name, e.item.element)
                     sums = f.left and f.kind == "all_reduce" and f.axes == rest
                     whole = sums and p.total_bytes % f.total_bytes == 0
-                    if whole and e.left and (fed or (f.item.looped and f.left < e.left)):
+                    if (
+                        whole
+                        and e.left
+                        and (fed or (f.item.looped and f.left < e.left))
+                    ):
                         self.differ(c.SCATTERED_FIRST, [p], [e, f])
 
     def at_once(self) -> None:
@@ -352,11 +357,8 @@ class _Matching:
         for p in left:
             cause = c.UNEXPLAINED
             value = p.item.value
-            if (p.kind, *p.key, value) in planned:
-                cause = c.MERGED
-            elif "/" in value and (p.kind, p.axes, value) in arrays:
-                cause = c.MERGED
-            elif any(is_used_by(p, e) for e in self.emitted if not e.left):
+            again = "/" in value and (p.kind, p.axes, value) in arrays
+            if (p.kind, *p.key, value) in planned or again or any(is_used_by(p, e) for e in self.emitted if not e.left):
                 cause = c.MERGED
             elif p.kind in _SUMS and self.is_added(p):
                 cause = c.ADDED
@@ -373,6 +375,8 @@ class _Matching:
                 cause = c.CUT
             elif e.kind == "permute":
                 cause = c.DEVICE_ORDER
+            elif is_of_indices(e):
+                cause = c.INDICES
             elif re.search(r"\b(checkpoint|rematted_computation)\b", e.item.op_name):
                 cause = c.RECOMPUTED
             elif (e.kind, *e.key, e.item.source, e.primitive) in emitted:

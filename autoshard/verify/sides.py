@@ -99,6 +99,13 @@ def closeness(p: PlannedSide, e: EmittedSide) -> int:
     return same_line + (bool(p.primitive) and p.primitive == e.primitive)
 
 
+def is_of_indices(e: EmittedSide) -> bool:
+    """Whether integers are gathered that say where a lookup reads or writes."""
+    users = (last_name(name) for name in (*e.item.users, e.item.used_by))
+    takes = any(re.match(r"(gather|scatter|dynamic_\w*slice)", user) for user in users)
+    return e.kind == "all_gather" and takes and e.item.dtype in ("s32", "u32", "s64")
+
+
 def alike(p: PlannedSide, e: EmittedSide) -> bool:
     """Whether kind and axes are the same."""
     return p.kind == e.kind and p.axes == e.axes

@@ -190,8 +190,8 @@ def target_of(plan: Plan, kind: str | None = None) -> Target:
     chip = where.name.rpartition(":")[0]
     if chip not in names():
         raise InputError(
-            f"the plan is for {where.name}, chips of a file of yours, which no compiler "
-            "knows; verify it with --target host, or search it for one of "
+            f"the plan is for {where.name}, chips of a file of yours, which no "
+            "compiler knows; verify it with --target host, or search it for one of "
             f"{', '.join(names())}."
         )
     chips = cluster(where.name)
@@ -219,8 +219,8 @@ def require_compiler(kind: Kind) -> None:
     if modules and not any(_installed(module) for module in modules):
         raise InputError(
             f"--target {kind} needs the compiler for {kind.upper()}s, which is not "
-            f"installed here: pip install 'autoshard[{kind}]'. It needs no {kind.upper()} "
-            "to run. --target host compiles with what is installed."
+            f"installed here: pip install 'autoshard[{kind}]'. It needs no "
+            f"{kind.upper()} to run. --target host compiles with what is installed."
         )
 
 

@@ -107,7 +107,7 @@ class Verification:
 
     @property
     def step_s(self) -> float:
-        """Seconds a step: the compiler's figures, and planned ones where it has none."""
+        """Seconds a step: the compiler's, and planned ones where it has none."""
         time = self.time
         compute_s = time.compute_s if time else self.planned_compute_s
         moved_s = time.collective_s if time else None
