@@ -414,7 +414,7 @@ def verify_plan(
     if len(found) == 1:
         return dataclasses.replace(found[0], blocks=wanted)
     assert depth is not None
-    return beyond(plan, found[0], found[1], (*wanted, depth))
+    return beyond(plan, found[0], found[1], (wanted[0], wanted[1], depth))
 
 
 def _verify(

@@ -107,7 +107,8 @@ def search(
 
         ranked = api.rank_verified(resolved.step, plans[:verify], log=say)
         plans = [*(plan for plan, _ in ranked), *plans[verify:]]
-        (say if as_json else show)(verified.ranking(ranked))
+        if not as_json:
+            show(verified.ranking(ranked))
     plans = plans[: max(top or 1, verify or 1)]
     best = plans[0]
     if output is not None:

@@ -357,8 +357,9 @@ class _Matching:
         for p in left:
             cause = c.UNEXPLAINED
             value = p.item.value
-            again = "/" in value and (p.kind, p.axes, value) in arrays
-            if (p.kind, *p.key, value) in planned or again or any(is_used_by(p, e) for e in self.emitted if not e.left):
+            again = (p.kind, *p.key, value) in planned
+            again = again or ("/" in value and (p.kind, p.axes, value) in arrays)
+            if again or any(is_used_by(p, e) for e in self.emitted if not e.left):
                 cause = c.MERGED
             elif p.kind in _SUMS and self.is_added(p):
                 cause = c.ADDED
