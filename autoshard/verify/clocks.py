@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autoshard.verify.hlo import KINDS
+from autoshard.verify.flow import KINDS
 from autoshard.verify.module import Instruction, Module
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
