@@ -395,7 +395,7 @@ def verify_plan(
             installed or does not know the topology, or `blocks` asks for a model that
             the plan does not name.
 
-    >>> args = jnp.ones((8, 4)), jnp.ones((16, 8))
+    >>> args = jnp.ones((16, 8)), jnp.ones((8, 4))
     >>> plan = search(jnp.matmul, *args, cluster="cpu:1", strategy="dp")
     >>> verify_plan(jnp.matmul, plan, *args).unexplained
     0
@@ -525,7 +525,7 @@ def repair_plan(
         PlanMismatchError: As `verify_plan`.
         InputError: As `verify_plan`.
 
-    >>> args = jnp.ones((8, 4)), jnp.ones((16, 8))
+    >>> args = jnp.ones((16, 8)), jnp.ones((8, 4))
     >>> plan = search(jnp.matmul, *args, cluster="cpu:1", strategy="dp")
     >>> repair_plan(jnp.matmul, plan, *args).why
     'the compiler moves nothing that is not planned'
@@ -578,7 +578,7 @@ def rank_verified(
         PlanMismatchError: As `verify_plan`.
         InputError: As `verify_plan`.
 
-    >>> args = jnp.ones((8, 4)), jnp.ones((16, 8))
+    >>> args = jnp.ones((16, 8)), jnp.ones((8, 4))
     >>> plans = search(jnp.matmul, *args, cluster="cpu:1", strategy="dp", top=1)
     >>> [found.fits for _, found in rank_verified(jnp.matmul, plans, *args)]
     [None]

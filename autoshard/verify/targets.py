@@ -174,7 +174,7 @@ def target_of(plan: Plan, kind: str | None = None) -> Target:
         InputError: The plan's chips are of another kind, or are not known here.
 
     >>> import autoshard as ash, jax.numpy as jnp
-    >>> args = jnp.ones((8, 4)), jnp.ones((16, 8))
+    >>> args = jnp.ones((16, 8)), jnp.ones((8, 4))
     >>> plan = ash.search(jnp.matmul, *args, cluster="v5e:2x4", strategy="dp")
     >>> target_of(plan).kind, target_of(plan, "host").kind
     ('tpu', 'host')

@@ -42,7 +42,16 @@ def plan_file(tmp_path):
     return path
 
 
-COMMANDS = ["search", "explain", "compare", "run", "models", "clusters", "strategies"]
+COMMANDS = [
+    "search",
+    "explain",
+    "compare",
+    "run",
+    "models",
+    "clusters",
+    "strategies",
+    "verify",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
