@@ -134,6 +134,6 @@ class Fits:
         return cls(
             int(truth.sum()),
             int((~truth).sum()),
-            hit / truth.sum() if truth.any() else nan,
-            hit / said.sum() if said.any() else nan,
+            float(hit / truth.sum()) if truth.any() else nan,
+            float(hit / said.sum()) if said.any() else nan,
         )
