@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,10 +122,12 @@ def layer(runs: Runs, constants: Constants) -> Layer:
 
 
 def _mlp(
-    runs: Runs, constants: Constants, tokens: Vector, product: object
+    runs: Runs,
+    constants: Constants,
+    tokens: Vector,
+    product: Callable[[Vector, Vector, Vector], Vector],
 ) -> tuple[Vector, Vector]:
     """Products into and out of the MLP's hidden width, dense and of experts."""
-    assert callable(product)
     into, tensor, embed = runs.matrices - 1, runs.tensor, runs.embed
     dense = np.where(runs.experts > 0, runs.dense_mlp, runs.mlp)
     parts = [(1 - runs.moe_share, dense), (runs.moe_share, runs.shared_mlp)]
