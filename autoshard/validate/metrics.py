@@ -96,7 +96,7 @@ def groups(
         guess = np.asarray([predicted[i] for i in indices], dtype=np.float64)
         if len(indices) < GROUP_SIZE or times.max() / times.min() < 1 + GROUP_SPREAD:
             continue
-        tau = float(kendalltau(times, guess)[0])
+        tau = float(np.asarray(kendalltau(times, guess))[0])
         if np.isnan(tau):  # all predicted alike: nothing is ranked
             tau = 0.0
         regret = float(times[np.argmin(guess)] / times.min() - 1)
