@@ -105,6 +105,7 @@ def layer(runs: Runs, constants: Constants) -> Layer:
         constants["traffic.compiler"],
     )
     logits = tokens * runs.vocab / tensor
+    head = np.where(runs.frozen > 0, 2.0, 3.0)
     loss = np.where(runs.where("loss", "eager"), constants["loss.eager_bytes"], 12.0)
     local = runs.plain_params + runs.moe_share * runs.expert_params / runs.expert
     return Layer(
@@ -115,7 +116,8 @@ def layer(runs: Runs, constants: Constants) -> Layer:
         attention=attention,
         attention_back=back,
         traffic=passes * 2 * tokens * moved / runs.hbm,
-        head=3 * product(tokens, embed, runs.vocab / tensor) + logits * loss / runs.hbm,
+        head=head * product(tokens, embed, runs.vocab / tensor)
+        + logits * loss / runs.hbm,
         params=local / tensor,
         tokens=tokens,
     )
