@@ -23,6 +23,8 @@ def free(**costs):
             values[name] = 1.0
         elif name.startswith("attention.") or name == "network.dcn":
             values[name] = LARGE
+        elif name == "data.ops_per_layer":
+            values[name] = 1.0
     values |= {"matmul.half_dim": 0.0, "attention.unfused": 0.0}
     values |= {"attention.half_head_dim": 0.0, "power.exponent": 0.0}
     known = set(values)
