@@ -115,7 +115,7 @@ def fused_attention_s(
     1100
     """
     rate = share * head_dim / (head_dim + half_head_dim) * (128 + half_head_dim) / 128
-    return 2.0 * tokens * seq * width / (peak * rate)
+    return np.asarray(2.0 * tokens * seq * width / (peak * rate))
 
 
 def unfused_attention_s(
@@ -146,4 +146,5 @@ def unfused_attention_s(
     7.9
     """
     scores = tokens * seq * heads
-    return 4.0 * tokens * seq * width / (peak * share) + traffic * 8 * scores / hbm
+    products = 4.0 * tokens * seq * width / (peak * share)
+    return np.asarray(products + traffic * 8 * scores / hbm)

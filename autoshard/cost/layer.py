@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +105,7 @@ def layer(runs: Runs, constants: Constants) -> Layer:
         constants["traffic.compiler"],
     )
     logits = tokens * runs.vocab / tensor
+    head = np.where(runs.frozen > 0, 2.0, 3.0)
     loss = np.where(runs.where("loss", "eager"), constants["loss.eager_bytes"], 12.0)
     local = runs.plain_params + runs.moe_share * runs.expert_params / runs.expert
     return Layer(
@@ -114,17 +116,20 @@ def layer(runs: Runs, constants: Constants) -> Layer:
         attention=attention,
         attention_back=back,
         traffic=passes * 2 * tokens * moved / runs.hbm,
-        head=3 * product(tokens, embed, runs.vocab / tensor) + logits * loss / runs.hbm,
+        head=head * product(tokens, embed, runs.vocab / tensor)
+        + logits * loss / runs.hbm,
         params=local / tensor,
         tokens=tokens,
     )
 
 
 def _mlp(
-    runs: Runs, constants: Constants, tokens: Vector, product: object
+    runs: Runs,
+    constants: Constants,
+    tokens: Vector,
+    product: Callable[[Vector, Vector, Vector], Vector],
 ) -> tuple[Vector, Vector]:
     """Products into and out of the MLP's hidden width, dense and of experts."""
-    assert callable(product)
     into, tensor, embed = runs.matrices - 1, runs.tensor, runs.embed
     dense = np.where(runs.experts > 0, runs.dense_mlp, runs.mlp)
     parts = [(1 - runs.moe_share, dense), (runs.moe_share, runs.shared_mlp)]

@@ -226,10 +226,12 @@ def _row(source: str, line: int, record: dict[str, str]) -> Row:
     except InputError as e:
         raise LeftOutError(f"{where.type_name} has no peak for {dtype}") from e
     # "crash or OOM" says only that it failed.
-    failed = bool(re.search(r"(?<!crash or )\bOOM\b", notes))
+    failed = bool(re.search(r"(?<!crash or )(?<!crashed or )\bOOM\b", notes))
     measured = None if failed else _seconds(record, run)
     memory = _number(record, "peak_mem_gib")
     if measured is None and memory is None and not failed:
+        if re.search(r"\bOOM\b", notes):
+            raise LeftOutError("failed, and whether for want of memory is not said")
         raise LeftOutError("neither time nor memory is given")
     doubt = _doubt(record, notes, dtype, layout, failed)
     return Row(
