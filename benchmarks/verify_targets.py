@@ -129,7 +129,7 @@ def figures(found: Any) -> dict[str, Any]:
         "forms_bytes": one.by_form() if one else {},
         "causes_bytes": one.by_cause() if one else {},
         "without_cause": [str(d) for d in one.unexplained] if one else [],
-        "planned_memory_bytes": found.planned,
+        "planned_memory_bytes": found.planned_memory_bytes,
         "compiled_memory_bytes": memory.peak_bytes if memory else None,
         "planned_compute_s": found.planned_compute_s,
         "compiler_compute_s": clock.compute_s if clock else None,

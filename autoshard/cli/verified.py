@@ -38,8 +38,8 @@ def as_dict(found: Verification) -> dict[str, Any]:
             "available_bytes": refused.available_bytes,
         },
         "memory": {
-            "planned_bytes": found.planned,
-            "capacity_bytes": found.capacity,
+            "planned_bytes": found.planned_memory_bytes,
+            "capacity_bytes": found.capacity_bytes,
             "relative_error": found.memory_error,
             "compiled": None
             if memory is None
@@ -63,6 +63,8 @@ def as_dict(found: Verification) -> dict[str, Any]:
         if found.comparison is None
         else {
             **_comparison(found.comparison),
+            # The rows are of the whole program all the same.
+            "of_blocks": found.blocks[-1] if found.blocks else None,
             "exact_fraction": found.exact_fraction,
             "rows": [_row(row) for row in found.rows],
         },
@@ -131,7 +133,10 @@ def _summary(found: Verification) -> Table:
 
     memory, time, refused = found.compiled, found.time, found.refused
     if memory is not None:
-        add("memory at the peak", *_pair(found.planned, memory.peak_bytes, bytes_text))
+        add(
+            "memory at the peak",
+            *_pair(found.planned_memory_bytes, memory.peak_bytes, bytes_text),
+        )
         add("- arguments", "", bytes_text(memory.argument_bytes), "")
         add("- outputs", "", bytes_text(memory.output_bytes), "")
         add("- of these in the place of arguments", "", _less(memory.alias_bytes), "")
@@ -140,14 +145,17 @@ def _summary(found: Verification) -> Table:
         needed = refused.needed_bytes
         add(
             "memory at the peak",
-            bytes_text(found.planned),
+            bytes_text(found.planned_memory_bytes),
             f"{bytes_text(needed)} or more" if needed else "refused",
             "",
         )
-    if found.capacity is not None:
-        add("memory of a chip", bytes_text(found.capacity), "", "")
+    if found.capacity_bytes is not None:
+        add("memory of a chip", bytes_text(found.capacity_bytes), "", "")
     verdict = {True: "fits", False: "does not fit", None: "no limit"}[found.fits]
-    planned = found.capacity is None or found.planned <= found.capacity
+    planned = (
+        found.capacity_bytes is None
+        or found.planned_memory_bytes <= found.capacity_bytes
+    )
     add("verdict", "fits" if planned else "does not fit", verdict, "")
     compute = time.compute_s if time else None
     add("time of compute", *_pair(found.planned_compute_s, compute, seconds_text))
@@ -204,7 +212,10 @@ def _both(planned: int, emitted: int, text: Any) -> str:
 
 def _shares(found: Verification) -> Table:
     both = [c for c in (found.partitioned, found.comparison) if c is not None]
-    table = new_table("bytes a step")
+    name = "bytes a step"
+    if found.blocks:
+        name += f" of {found.blocks[-1]} block{'s' if found.blocks[-1] > 1 else ''}"
+    table = new_table(name)
     if found.partitioned is not None:
         table.add_column("after partitioning", justify="right")
     table.add_column("in the end", justify="right")
@@ -232,7 +243,7 @@ def ranking(ranked: Sequence[tuple[Plan, Verification]]) -> RenderableType:
             str(rank),
             " ".join(f"{a.axis}={a.size}" for a in plan.axes if a.size > 1) or "-",
             {True: "yes", False: "no", None: "no limit"}[found.fits],
-            bytes_text(found.planned),
+            bytes_text(found.planned_memory_bytes),
             bytes_text(memory.peak_bytes) if memory else "refused",
             seconds_text(plan.predicted.step_s),
             seconds_text(found.planned_compute_s),

@@ -283,8 +283,8 @@ class _Matching:
         """Gathers of what is not cut up in the first place."""
         for p in self.planned:
             if p.left and p.kind == "all_gather" and self.is_whole(p):
-                near = (closeness(p, e) for e in self.emitted if e.left)
-                if max(near, default=0) < 3:
+                emitted = (e for e in self.emitted if e.left and e.key == p.key)
+                if not any(alike(p, e) and closeness(p, e) for e in emitted):
                     self.differ(c.CANCELLED, [p], [])
 
     def scattered_first(self) -> None:

@@ -62,8 +62,8 @@ class Verification:
 
     Attributes:
         target: The compiler and the devices, such as `tpu v5e:16x16`.
-        planned: Bytes per device at the peak, as planned.
-        capacity: Memory of one device; None where the target says none.
+        planned_memory_bytes: Bytes per device at the peak, as planned.
+        capacity_bytes: Memory of one device; None where the target says none.
         compiled: What the compiler allocates; None where it refused.
         refused: Why it refused, for want of memory.
         planned_compute_s: Time of all that is not a collective, as planned.
@@ -82,8 +82,8 @@ class Verification:
     """
 
     target: str
-    planned: int
-    capacity: int | None
+    planned_memory_bytes: int
+    capacity_bytes: int | None
     compiled: CompiledMemory | None
     refused: OutOfMemory | None
     planned_compute_s: float
@@ -101,9 +101,9 @@ class Verification:
         """Whether it fits in memory; None where the target has no limit."""
         if self.refused is not None:
             return False
-        if self.capacity is None or self.compiled is None:
+        if self.capacity_bytes is None or self.compiled is None:
             return None
-        return self.compiled.peak_bytes <= self.capacity
+        return self.compiled.peak_bytes <= self.capacity_bytes
 
     @property
     def step_s(self) -> float:
@@ -118,7 +118,7 @@ class Verification:
         """By which part of the compiled memory the planned is more."""
         if self.compiled is None:
             return None
-        return self.planned / max(1, self.compiled.peak_bytes) - 1
+        return self.planned_memory_bytes / max(1, self.compiled.peak_bytes) - 1
 
     @property
     def exact_fraction(self) -> float | None:
@@ -189,8 +189,8 @@ def _verification(
     predicted = plan.predicted
     return Verification(
         target=f"{target.kind} {target.name}",
-        planned=predicted.memory.total,
-        capacity=target.cluster.hbm_bytes if target.cluster else None,
+        planned_memory_bytes=predicted.memory.total,
+        capacity_bytes=target.cluster.hbm_bytes if target.cluster else None,
         compiled=compiled.memory,
         refused=compiled.refused,
         planned_compute_s=predicted.matmul_s + predicted.memory_bound_s,
@@ -330,7 +330,7 @@ def beyond(
     predicted = plan.predicted
     return replace(
         two,
-        planned=predicted.memory.total,
+        planned_memory_bytes=predicted.memory.total,
         planned_compute_s=predicted.matmul_s + predicted.memory_bound_s,
         planned_collective_s=predicted.collective_s,
         compiled=memory,

@@ -57,7 +57,9 @@ CASES = [("dp", {"data": 8}), ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2})]
 def test_every_difference_has_a_cause(spec, strategy, mesh):
     found = verified(spec, strategy, **mesh)
     assert found.unexplained == 0
-    assert found.comparison.fraction > 0.5
+    # For GPUs XLA gathers in float32 and converts afterwards, twice the planned bytes.
+    least = 0.9 if spec.startswith("v5e") else 0.4
+    assert found.comparison.fraction > least
     assert found.time.compute_s > 0
     assert found.compiled.peak_bytes > 0
     assert found.fits

@@ -41,8 +41,8 @@ def verification(plans, found, **changes):
     comparison = compare(plans, found)
     made = Verification(
         target="tpu v5e:2x4",
-        planned=1000,
-        capacity=2000,
+        planned_memory_bytes=1000,
+        capacity_bytes=2000,
         compiled=CompiledMemory(500, 400, 300, 200),
         refused=None,
         planned_compute_s=1.0,
@@ -81,8 +81,8 @@ def test_memory_is_the_sum_that_is_allocated_at_once():
     ("changes", "fits"),
     [
         ({}, True),
-        ({"capacity": 799}, False),
-        ({"capacity": None}, None),
+        ({"capacity_bytes": 799}, False),
+        ({"capacity_bytes": None}, None),
         ({"refused": OutOfMemory("too big", None, None), "compiled": None}, False),
     ],
 )
@@ -130,7 +130,7 @@ def test_figures_of_many_blocks_from_those_of_two():
     assert found.time.collective_s == pytest.approx(truth.time.collective_s)
     assert set(found.rows) == set(truth.rows)
     assert found.blocks == (1, 2)
-    assert found.planned == plan.predicted.memory.total
+    assert found.planned_memory_bytes == plan.predicted.memory.total
 
 
 def plan_of(strategy, **mesh):
