@@ -228,7 +228,8 @@ class Runs:
             take(f"again_{f.name}", values)
         take("seq", [r.seq for r in runs])
         take("slices", [r.slices for r in runs])
-        take("gradient_bytes", [r.software.gradient_bytes for r in runs])
+        for name in ("gradient_bytes", "param_bytes", "optimizer_bytes"):
+            take(name, [getattr(r.software, name) for r in runs])
         take("chips", [r.layout.chips for r in runs])
         chips = [r.cluster.chip for r in runs]
         fabrics = [Fabric.of(r.cluster) for r in runs]
