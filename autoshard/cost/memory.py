@@ -239,14 +239,13 @@ def _moments(runs: Runs, constants: Constants, stage: _Stage) -> list[Memory]:
     # and its input and that one's gradient.
     gathered = np.where((runs.zero == 3) & (runs.shard > 1), 2.0, 0.0)
     head = np.where(stage.last, 4 * tokens * runs.embed + 2 * gathered * table, 0.0)
-    slack = np.where(
-        runs.torus | runs.where("name", "alpa"), 0.0, constants["memory.slack"]
-    )
-    base = np.where(runs.torus, TPU_RUNTIME_BYTES, constants["memory.runtime_bytes"])
+    slack = np.where(eager, constants["memory.slack"], 0.0)
+    base = constants["memory.runtime_bytes"] + runs.bucket_bytes
+    base = np.where(runs.torus, TPU_RUNTIME_BYTES, base)
     zero = np.zeros(len(runs))
 
     def at(activations: Vector, logits: Vector, temporary: Vector) -> Memory:
-        # State is allocated once; what comes and goes leaves fragments.
+        # State is allocated once; what eager programs do leaves fragments.
         moving = activations + logits + temporary
         return Memory(
             params=params + zero,

@@ -47,6 +47,7 @@ class Software(BaseModel):
         param_bytes: Of one parameter as it is stored.
         optimizer_bytes: Of Adam's state per parameter: two moments, and a float32 copy
             where parameters are stored in 16 bits.
+        bucket_bytes: Of buffers in which gradients and parameters are sent.
         logits: Whether the loss copies the logits or a compiler fuses most of it.
         counts: What the memory that it logs is of: tensors, what the allocator
             reserves, or all that is taken from the device.
@@ -80,6 +81,7 @@ class Software(BaseModel):
     sums: Literal["alone", "beside"] = "alone"
     param_bytes: Literal[2, 4] = 2
     optimizer_bytes: int = 12
+    bucket_bytes: int = 0
     logits: Literal["copied", "compiled"] = "compiled"
     counts: Literal["allocated", "reserved", "device"] = "reserved"
     logged: Literal["largest", "first"] = "largest"
