@@ -22,6 +22,9 @@ SCATTER = 0.1
 """Logarithmic error that counts as one standard deviation: what remains between runs of
 one configuration, and what a model of so few constants cannot know."""
 
+MEMORY_SCATTER = 0.05
+"""The same of memory, which repeats from run to run: what allocators and logs round."""
+
 PRIOR_WEIGHT = 1.2
 """Weight of the priors' rows: the value, of 1, 1.5 and 2, at which sources left out are
 predicted best."""
@@ -100,7 +103,7 @@ def fit_memory(rows: Sequence[Row], start: Constants | None = None) -> Constants
     def residuals(x: np.ndarray) -> np.ndarray:
         values = dict(zip(names, np.exp(x).tolist(), strict=True))
         constants = Constants({**start.values, **values})
-        error = (np.log(printed_bytes(rows, constants)) - measured) / SCATTER
+        error = (np.log(printed_bytes(rows, constants)) - measured) / MEMORY_SCATTER
         soft = np.sign(error) * np.sqrt(2 * (np.sqrt(1 + error**2) - 1))
         return np.concatenate([weight * soft, (x - prior) / spread * PRIOR_WEIGHT])
 

@@ -213,7 +213,7 @@ def _row(source: str, line: int, record: dict[str, str]) -> Row:
     for entry in known()["states"]:
         experts = bool(_count(record, "n_experts", 0))
         if software.name == entry["software"] and experts == entry["experts"]:
-            update = {"optimizer_bytes": entry["optimizer_bytes"]}
+            update = {k: entry[k] for k in ("optimizer_bytes", "logits")}
             software = software.model_copy(update=update)
     offload = record.get("offload", "").lower()
     if re.search(r"optimizer|params|cpu|unclear", offload):
