@@ -18,6 +18,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import _record
 import numpy as np
@@ -81,7 +82,7 @@ def store(constants: Constants) -> None:
     Path(TABLE).write_text(text, encoding="utf-8")
 
 
-def summary(found: Validation) -> dict:
+def summary(found: Validation) -> dict[str, Any]:
     """Figures and bars of a validation."""
     timed = [
         p
@@ -99,7 +100,9 @@ def summary(found: Validation) -> dict:
     kendall = float(np.mean([g.kendall for g in ranked]))
     regret = float(np.mean([g.regret for g in ranked]))
 
-    def bar(reached: float, most: float | None = None, least: float | None = None):
+    def bar(
+        reached: float, most: float | None = None, least: float | None = None
+    ) -> dict[str, Any]:
         passed = reached <= most if most is not None else reached >= (least or 0.0)
         return {"reached": reached, "most": most, "least": least, "passed": passed}
 
