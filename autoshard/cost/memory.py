@@ -144,7 +144,7 @@ class _Stage:
 
 
 def _stage(runs: Runs, index: int) -> _Stage:
-    """The first (0), second (1) or last (-1) stage, or the last where there are less."""
+    """The first (0), second (1) or last (-1) stage; the last where there are fewer."""
     stages = runs.stage
     at = stages - 1 if index < 0 else np.minimum(index, stages - 1)
     last = at == stages - 1

@@ -8,6 +8,7 @@ import pytest
 from helpers.equality import abstract_batch, make_step, pinned
 
 from autoshard import api
+from autoshard.api import verifying
 from autoshard.ir.errors import InputError
 from autoshard.plan.cluster import cluster
 from autoshard.plan.schema import Collective, ModelRef
@@ -194,11 +195,11 @@ def test_blocks_of_a_program_that_names_no_model():
 
 
 def test_auto_compiles_a_loop_and_few_blocks_whole():
-    assert api._blocks(named(True)[1], "auto", 32) == ()
+    assert verifying._blocks(named(True)[1], "auto", 32) == ()
     unrolled = named(False)[1]
-    assert api._blocks(unrolled, "auto", api.UNROLLED_AT_MOST) == ()
-    assert api._blocks(unrolled, "auto", 32) == (1, 2)
-    assert api._blocks(unrolled, "1", 32) == (1,)
+    assert verifying._blocks(unrolled, "auto", verifying.UNROLLED_AT_MOST) == ()
+    assert verifying._blocks(unrolled, "auto", 32) == (1, 2)
+    assert verifying._blocks(unrolled, "1", 32) == (1,)
 
 
 def test_a_plan_without_its_constraints_is_repaired():

@@ -1,0 +1,320 @@
+"""The public functions: the flat list of passes from a model to a running step.
+
+resolve      name, path or module:function  ->  TrainStep, abstract batch
+trace        TrainStep                      ->  Traced (a Program with named inputs)
+find_classes Traced                         ->  DimClasses
+propagate    Traced, classes, layout        ->  ShardedProgram
+price        ShardedProgram, meshes         ->  Prices
+search       TrainStep, cluster, strategy   ->  Plan
+parallelize  TrainStep, Plan                ->  ParallelStep
+calibrate    devices                        ->  Cluster
+validate     published runs                 ->  errors
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from autoshard import models
+from autoshard.api.building import (
+    DTYPES,
+    OPTIMIZERS,
+    Resolved,
+    optimizer,
+    resolve,
+    token_batch,
+)
+from autoshard.api.verifying import Repair, rank_verified, repair_plan, verify_plan
+from autoshard.ir.annotations.paths import SpecMap
+from autoshard.ir.errors import InputError, OutputError
+from autoshard.ir.trace import trace
+from autoshard.ir.train_step import TrainStep, train_step
+from autoshard.lower import ParallelFunction, ParallelStep, parallelize
+from autoshard.measure import FULL, QUICK, Effort
+from autoshard.measure import calibrate as measure
+from autoshard.plan.cluster import Cluster, cluster
+from autoshard.plan.cluster import names as cluster_names
+from autoshard.plan.files import (
+    check_writable,
+    load_plan,
+    load_strategy,
+    save_plan,
+    save_type,
+    strategy_names,
+)
+from autoshard.plan.schema import ModelRef, Plan, Strategy
+from autoshard.rules import register_rule
+from autoshard.rules.check import check_rule
+from autoshard.rules.registry import rules_of
+from autoshard.search import search_plans
+from autoshard.validate import Validation
+from autoshard.validate import validate as hold_against
+
+
+@overload
+def search(
+    fn: Callable[..., Any],
+    *abstract_args: Any,
+    cluster: str | Cluster,
+    strategy: str | Strategy = ...,
+    top: None = ...,
+    specs: SpecMap | None = ...,
+    aliases: Mapping[str, str] | None = ...,
+    replicate: Iterable[str] = ...,
+    model_ref: ModelRef | None = ...,
+    log: Callable[[str], None] | None = ...,
+) -> Plan: ...
+
+
+@overload
+def search(
+    fn: Callable[..., Any],
+    *abstract_args: Any,
+    cluster: str | Cluster,
+    strategy: str | Strategy = ...,
+    top: int,
+    specs: SpecMap | None = ...,
+    aliases: Mapping[str, str] | None = ...,
+    replicate: Iterable[str] = ...,
+    model_ref: ModelRef | None = ...,
+    log: Callable[[str], None] | None = ...,
+) -> list[Plan]: ...
+
+
+def search(
+    fn: Callable[..., Any],
+    *abstract_args: Any,
+    cluster: str | Cluster,
+    strategy: str | Strategy = "auto",
+    top: int | None = None,
+    specs: SpecMap | None = None,
+    aliases: Mapping[str, str] | None = None,
+    replicate: Iterable[str] = (),
+    model_ref: ModelRef | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Plan | list[Plan]:
+    """Searches the best plan for a step on a cluster.
+
+    Args:
+        fn: A `TrainStep`, or any function whose last argument is the batch and whose
+            others are state.
+        *abstract_args: Its arguments, arrays or `jax.ShapeDtypeStruct`s. A `TrainStep`
+            needs the batch alone.
+        cluster: A `Cluster`, or its name such as `"h100:64"`.
+        strategy: A `Strategy`, the name of a shipped one, or a TOML file.
+        top: Return this many different plans, the fastest first.
+        specs: Regular expression over the paths of arguments to what fixes them: a
+            `PartitionSpec`, or one entry per dim (an axis, several, `""` for whole,
+            `"*"` for open). The first that matches a path holds, before those of the
+            strategy.
+        aliases: Canonical axis per name that the program gives a mesh axis, where it is
+            none of the well-known ones (`dp`, `tp`, `model`, ...).
+        replicate: Primitives, or kernels, without a factor rule that every device may
+            compute whole; each use is listed in the plan.
+        model_ref: Recorded in the plan, so that the command line can run it.
+        log: Called with progress in words.
+
+    Returns:
+        The plan predicted to be the fastest of those that fit, or a list of plans.
+
+    Raises:
+        InfeasibleError: Nothing divides or fits; the message says what would.
+        NameUnknownError: Unknown cluster or strategy.
+        InputError: The arguments do not fit the function or the strategy.
+        RuleMissingError: A primitive of the program has no factor rule.
+
+    >>> import optax
+    >>> step = train_step(
+    ...     lambda w, x: ((x @ w) ** 2).mean(),
+    ...     optax.sgd(0.1),
+    ...     model=lambda key: jax.random.normal(key, (64, 32)),
+    ... )
+    >>> batch = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+    >>> plan = search(step, batch, cluster="cpu:8", strategy="dp")
+    >>> plan.sizes["data"]
+    8
+    """
+    if top is not None and top < 1:
+        raise InputError(f"top must be 1 or more; got {top}.")
+    chips = cluster if isinstance(cluster, Cluster) else _cluster(cluster)
+    policy = strategy if isinstance(strategy, Strategy) else load_strategy(strategy)
+    policy = policy.with_wishes(specs or {}, aliases or {}, replicate)
+    plans = search_plans(
+        fn, abstract_args, chips, policy, top=top or 1, model_ref=model_ref, log=log
+    )
+    return plans if top is not None else plans[0]
+
+
+_cluster = cluster
+
+
+def check_rules(fn: Callable[..., Any], *abstract_args: Any) -> tuple[str, ...]:
+    """Holds the factor rule of every op of a function against what the op computes.
+
+    Each op is run whole and in pieces, on random numbers; a rule is right if the pieces
+    joined are the whole. Do this once for a rule given to `register_rule`.
+
+    Args:
+        fn: A `TrainStep`, or any function.
+        *abstract_args: Its arguments, arrays or `jax.ShapeDtypeStruct`s; small ones.
+
+    Returns:
+        What could not be tried, and why; empty if all was.
+
+    Raises:
+        InputError: A rule is wrong; the message says where and how.
+        RuleMissingError: A primitive of the function has no factor rule.
+
+    >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
+    >>> check_rules(lambda w, x: jax.nn.relu(x @ w).sum(0), w, x)
+    ()
+    """
+    program = trace(fn, abstract_args).program
+    rules = rules_of(program)
+    once = {(op.primitive, id(rules[op.index])): op for op in program.ops}
+    skipped = [check_rule(program, op, rules[op.index]) for op in once.values()]
+    return tuple(dict.fromkeys(reason for each in skipped for reason in each))
+
+
+def validate(
+    directory: str,
+    *,
+    leave_one_out: bool = False,
+    log: Callable[[str], None] | None = None,
+) -> Validation:
+    """Predicts every usable row of a directory of published training runs.
+
+    Args:
+        directory: Of CSV files with the columns of `benchmarks/published`.
+        leave_one_out: Also predict each source by constants fitted without it; takes
+            some minutes.
+        log: Told what is done.
+
+    Returns:
+        Errors of step time and memory by source and chip, ranking of plans, recognition
+        of what does not fit, and each row left out with its reason.
+
+    Raises:
+        InputError: There is no such directory, no table, or no usable row in it.
+
+    >>> validate("no such directory")
+    Traceback (most recent call last):
+    autoshard.ir.errors.InputError: no such directory is not a directory; ...
+    """
+    return hold_against(directory, leave_one_out=leave_one_out, log=log)
+
+
+def calibrate(
+    output: str | Path | None = None,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    quick: bool = False,
+    overwrite: bool = False,
+    devices: Sequence[Any] | None = None,
+    effort: Effort | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Cluster:
+    """Measures this host's devices and describes them as a cluster.
+
+    Matrix products per dtype, memory, and collectives over all devices are timed, all
+    devices at work. What one host cannot show (the network between hosts, the memory of
+    an accelerator, the limits of a torus) is taken from a chip type of the catalogue,
+    and each figure's source says which it is.
+
+    Args:
+        output: A cluster file to write, for `cluster("./mine.toml:8")`.
+        name: Of the chip type; the file's, or made from the kind of the devices.
+        base: The chip type to take from; found by the kind of the devices when None.
+        quick: Fewer and smaller measurements.
+        overwrite: Whether the file may exist already.
+        devices: Of this host; all of this process's when None.
+        effort: What is measured and how long, in place of `quick`.
+        log: Called with each result in words.
+
+    Returns:
+        The devices as a cluster.
+
+    Raises:
+        InputError: There is no device, no chip type to take from, or the times cannot
+            be told from noise.
+        OutputError: The file exists or cannot be written. Nothing was measured then.
+
+    >>> from autoshard.measure import QUICK
+    >>> tiny = dataclasses.replace(
+    ...     QUICK, min_s=1e-3, cpu_matmul_sizes=(16,), cpu_stream_bytes=4096,
+    ...     cpu_message_bytes=(1024, 8192))
+    >>> here = calibrate(effort=tiny)
+    >>> here.kind, here.num_chips == jax.local_device_count()
+    ('cpu', True)
+    """
+    if output is not None:
+        check_writable(output)
+        if Path(output).exists() and not overwrite:
+            raise OutputError(
+                f"cannot write {output}: the file exists; name another one, or say "
+                "that it may be overwritten (--overwrite)."
+            )
+        if not str(output).endswith(".toml"):
+            raise OutputError(
+                f"cannot write {output}: the name of a cluster file ends in .toml."
+            )
+        name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(output).stem)
+    found = measure(
+        devices,
+        name=name,
+        base=base,
+        effort=effort or (QUICK if quick else FULL),
+        log=log,
+    )
+    if output is not None:
+        save_type(found.chip, output)
+    return found
+
+
+def model_names() -> list[str]:
+    """Names of the models of the zoo.
+
+    >>> "llama3-8b" in model_names()
+    True
+    """
+    return list(models.names())
+
+
+__all__ = [
+    "DTYPES",
+    "OPTIMIZERS",
+    "Cluster",
+    "ModelRef",
+    "ParallelFunction",
+    "ParallelStep",
+    "Plan",
+    "Repair",
+    "Resolved",
+    "Strategy",
+    "TrainStep",
+    "calibrate",
+    "check_rules",
+    "check_writable",
+    "cluster",
+    "cluster_names",
+    "load_plan",
+    "load_strategy",
+    "model_names",
+    "optimizer",
+    "parallelize",
+    "rank_verified",
+    "register_rule",
+    "repair_plan",
+    "resolve",
+    "save_plan",
+    "search",
+    "strategy_names",
+    "token_batch",
+    "train_step",
+    "validate",
+    "verify_plan",
+]
