@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoshard.ir.errors import InputError
+from autoshard.ir.errors import InputError, OutputError
 from autoshard.plan.schema import Plan
 from autoshard.report.explain import explain
 from autoshard.report.units import bytes_text, seconds_text
@@ -106,8 +106,11 @@ def save_scatter(
             out.
 
     Raises:
-        InputError: The image cannot be written, or its format is not known.
+        InputError: The format that the ending names is not known.
+        OutputError: The image cannot be written.
     """
+    import matplotlib.pyplot as plt
+
     on = _axes(None)
     points = [pair for pairs in series.values() for pair in pairs]
     for name, pairs in series.items():
@@ -126,8 +129,12 @@ def save_scatter(
     figure = on.figure
     try:
         figure.savefig(path, dpi=150)  # pyright: ignore[reportAttributeAccessIssue]
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise OutputError(f"the image {path} cannot be written: {e}") from e
+    except ValueError as e:
         raise InputError(f"the image {path} cannot be written: {e}") from e
+    finally:
+        plt.close(figure)  # pyright: ignore[reportArgumentType]
 
 
 def _axes(ax: Axes | None) -> Axes:
