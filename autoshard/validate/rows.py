@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -231,7 +231,7 @@ def _row(source: str, line: int, record: dict[str, str]) -> Row:
     except InputError as e:
         raise LeftOutError(f"{where.type_name} has no peak for {dtype}") from e
     # "crash or OOM" says only that it failed.
-    failed = bool(re.search(r"(?<!crash or )\bOOM\b", notes))
+    failed = bool(re.search(r"(?<!crash or )(?<!crashed or )\bOOM\b", notes))
     measured = None if failed else _seconds(record, run)
     memory = _number(record, "peak_mem_gib")
     if measured is None and memory is None and not failed:
@@ -378,6 +378,9 @@ def _layout(record: dict[str, str], notes: str, software: Software) -> Layout:
     shares = recompute(_recomputed(record), software)
     if shares is None:
         raise LeftOutError(f"recomputation {record['recompute'][:40]!r} is not known")
+    framework = record["framework"].lower()
+    if any(entry["words"] in framework for entry in known()["offloads"]):
+        shares = replace(shares, offloaded=1.0)
     try:
         return Layout(
             data=data,
