@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from autoshard.cli import calibrating, lists, planning, rules, running
+from autoshard.cli import (
+    calibrating,
+    lists,
+    planning,
+    rules,
+    running,
+    validating,
+    verifying,
+)
 from autoshard.cli.output import fail
 from autoshard.ir.errors import AutoshardError
 from autoshard.ir.version import VERSION
@@ -96,6 +104,21 @@ app.command(
         "search llama3-tiny --cluster ./my-cluster.toml:8 --batch 16 --seq 128",
     )
 )(calibrating.calibrate)
+app.command(
+    epilog=_examples(
+        "validate benchmarks/published",
+        "validate benchmarks/published --leave-one-out --plot errors.png",
+        "validate my-runs --json",
+    )
+)(validating.validate)
+app.command(
+    epilog=_examples(
+        "verify plan.json",
+        "verify plan.json --target host --json",
+        "verify plan.json --blocks 2",
+        "verify plan.json --repair -o repaired.json",
+    )
+)(verifying.verify)
 app.command(epilog=_examples("models", "models --json"))(lists.models)
 app.command(epilog=_examples("clusters", "clusters --json"))(lists.clusters)
 app.command(epilog=_examples("strategies", "strategies --json"))(lists.strategies)

@@ -38,7 +38,7 @@ class Decoder:
         InputError: A size is not positive, or sizes contradict each other.
 
     >>> Decoder(32, 4096, 32, 8, 128, 14336, 128256).params / 1e9
-    8.02973696
+    8.029995008
     """
 
     layers: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +95,9 @@ def layer(runs: Runs, constants: Constants) -> Layer:
     whole = np.where(runs.sequence > 0, tensor, 1.0)
     # Two norms and two residual sums of four reads or writes and one; rotary tables;
     # the activation between the MLP's products. In 16 bits.
-    moved = 10 * embed / whole + 3 * (queries + 2 * keys)
+    # Models without gates have learned positions, or none, and no rotary tables.
+    rotated = np.where(runs.gated > 0, 3.0, 1.5)
+    moved = 10 * embed / whole + rotated * (queries + 2 * keys)
     moved = moved + 1.5 * (runs.matrices - 1) * hidden / tensor
     sent = runs.moe_share * runs.top_k * 4 * embed
     moved = moved + sent * constants["traffic.dispatch"]
@@ -104,7 +107,14 @@ def layer(runs: Runs, constants: Constants) -> Layer:
         constants["traffic.compiler"],
     )
     logits = tokens * runs.vocab / tensor
-    loss = np.where(runs.where("loss", "eager"), constants["loss.eager_bytes"], 12.0)
+    head = np.where(runs.frozen > 0, 2.0, 3.0)
+    # Fused: 16-bit scores read twice, and their gradients written and read twice. In
+    # float32: as many, and the casts.
+    loss = np.select(
+        [runs.where("loss", "eager"), runs.where("loss", "float32")],
+        [constants["loss.eager_bytes"], 26.0],
+        12.0,
+    )
     local = runs.plain_params + runs.moe_share * runs.expert_params / runs.expert
     return Layer(
         qkv=product(tokens, embed, queries + 2 * keys) * latent,
@@ -114,17 +124,20 @@ def layer(runs: Runs, constants: Constants) -> Layer:
         attention=attention,
         attention_back=back,
         traffic=passes * 2 * tokens * moved / runs.hbm,
-        head=3 * product(tokens, embed, runs.vocab / tensor) + logits * loss / runs.hbm,
+        head=head * product(tokens, embed, runs.vocab / tensor)
+        + logits * loss / runs.hbm,
         params=local / tensor,
         tokens=tokens,
     )
 
 
 def _mlp(
-    runs: Runs, constants: Constants, tokens: Vector, product: object
+    runs: Runs,
+    constants: Constants,
+    tokens: Vector,
+    product: Callable[[Vector, Vector, Vector], Vector],
 ) -> tuple[Vector, Vector]:
     """Products into and out of the MLP's hidden width, dense and of experts."""
-    assert callable(product)
     into, tensor, embed = runs.matrices - 1, runs.tensor, runs.embed
     dense = np.where(runs.experts > 0, runs.dense_mlp, runs.mlp)
     parts = [(1 - runs.moe_share, dense), (runs.moe_share, runs.shared_mlp)]

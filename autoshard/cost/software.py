@@ -39,7 +39,7 @@ class Software(BaseModel):
             needs.
         stages: Whether pipeline stages get equal numbers of layers, the embedding and
             the head counted as layers where they do not divide, or equal cost.
-        loss: Whether the loss is one kernel.
+        loss: Whether the loss is one kernel, and of scores cast to float32.
         update: How updated shards reach other ranks: gathered, or each broadcast.
         optimizer: Whether the update is one kernel.
         gradient_bytes: Of one gradient as it is summed.
@@ -78,7 +78,7 @@ class Software(BaseModel):
     tensor: Literal["exposed", "overlapped", "compiler"] = "exposed"
     replays: Literal["all", "what is needed"] = "all"
     stages: Literal["by layers", "balanced"] = "by layers"
-    loss: Literal["fused", "eager"] = "fused"
+    loss: Literal["fused", "float32", "eager"] = "fused"
     update: Literal["gathered", "broadcast"] = "gathered"
     optimizer: Literal["fused", "eager"] = "fused"
     gradient_bytes: int

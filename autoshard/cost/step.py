@@ -22,6 +22,7 @@ from autoshard.cost.layer import (
     placed,
     transfers,
 )
+from autoshard.cost.overlap import prefetched, trailing
 from autoshard.cost.run import Runs, Vector
 
 UPDATE_BYTES = 20
@@ -102,15 +103,19 @@ def predict(runs: Runs, constants: Constants | None = None) -> StepTime:
     stage = _stages(runs, each, part.head)
     # Every stage's average share of the layers and of the head, and the rest, which is
     # waiting for the slowest.
-    waiting = stage - layers * each - head
+    waiting = np.maximum(stage - layers * each - head, 0.0)
+    waiting = np.where(runs.stage > 1, waiting, 0.0)
     sent = _sent(runs, constants, part)
-    bubble = _bubble(runs, constants) * (layers * each + head)
+    bubble = _bubble(runs, constants, stage, layers * each + head)
     back = layers * backward.busy + host * 2 / 3
     own = layers * part.params + runs.vocab * runs.embed / runs.tensor * np.where(
         runs.stage > 1, 1.0, np.where(runs.tied > 0, 1.0, 2.0)
     )
+    # Experts are spread over replicas: fewer hold, sum and update each of them.
+    experts = runs.moe_share * runs.expert_params / runs.expert / runs.tensor
+    experts = np.where(runs.frozen > 0, 0.0, layers * experts)
     own = np.where(runs.frozen > 0, 0.0, own)
-    reduction = _reduction(runs, constants, own, back) + _sharded_replicas(
+    reduction = _reduction(runs, constants, own, experts, back) + _sharded_replicas(
         runs, constants, part, back
     )
     return StepTime(
@@ -123,7 +128,7 @@ def predict(runs: Runs, constants: Constants | None = None) -> StepTime:
         pipeline=counts * (waiting + sent),
         bubble=bubble,
         reduction=reduction,
-        update=_update(runs, constants, part, own),
+        update=_update(runs, constants, part, own, experts),
         fixed=np.full(len(runs), constants["step.fixed_s"]),
     )
 
@@ -169,7 +174,7 @@ def _passes(
     ) -> _Pass:  # fmt: skip
         work = products + attention + traffic + collectives
         # The next layer's parameters are gathered while this one computes.
-        shown = np.maximum(gather - work, 0.0) + show * np.minimum(gather, work)
+        shown = prefetched(gather, work, show)
         return _Pass(products, attention, traffic, collectives + shown)
 
     around = moved.tensor + moved.expert
@@ -193,8 +198,8 @@ def _passes(
         (part.attention_back + runs.again_attention) * part.attention,
         (2.0 + runs.again_traffic) * part.traffic,
         (1.0 + runs.again_collectives) * around + 2.0 * moved.context,
-        # Gathered once more, and the gradients scattered.
-        np.where(runs.zero == 3, 2.0, 0.0) * moved.gather,
+        # Gathered once more, and the gradients scattered, where there are any.
+        np.where(runs.zero == 3, gradients, 0.0) * moved.gather,
     )
     return forward, backward
 
@@ -212,13 +217,20 @@ def _stages(runs: Runs, each: Vector, head: Vector) -> Vector:
     return np.where(runs.stage > 1, split, runs.layers * each + head)
 
 
-def _bubble(runs: Runs, constants: Constants) -> Vector:
-    """Bubble in units of a stage's time for one microbatch.
+def _bubble(runs: Runs, constants: Constants, stage: Vector, mean: Vector) -> Vector:
+    """Seconds in which the slowest stage waits for the pipeline to fill and drain.
 
-    (p - 1) / v for 1F1B with p stages of v parts (Narayanan et al. 2021,
-    arXiv:2104.04473). A zero-bubble schedule fills it with weight gradients (Qi et al.
-    2024, arXiv:2401.10241): ZB-H1 leaves a third, the others little; but two thirds of
-    the first p - 1 units have no microbatch yet whose gradients could fill them.
+    (p - 1) / v of a stage for 1F1B with p stages of v parts (Narayanan et al. 2021,
+    arXiv:2104.04473): each of the other stages is waited for once. A zero-bubble
+    schedule fills it with weight gradients (Qi et al. 2024, arXiv:2401.10241): ZB-H1
+    leaves a third, the others little; but two thirds of the first p - 1 units have no
+    microbatch yet whose gradients could fill them.
+
+    Args:
+        runs: What is run.
+        constants: Of the cost model.
+        stage: Seconds of the slowest stage for one microbatch.
+        mean: Seconds of the average stage.
     """
     schedule = np.array([r.layout.schedule for r in runs.runs])
     least = np.select(
@@ -230,7 +242,8 @@ def _bubble(runs: Runs, constants: Constants) -> Vector:
     early = 2 * others - runs.microbatches / 2 + 1
     share = np.maximum(least, early / np.maximum(3 * others, 1.0))
     filled = np.char.startswith(schedule, "zb")
-    return np.where(filled, share, 1.0) * others / runs.virtual
+    waited = np.maximum(runs.stage * mean - stage, 0.0)
+    return np.where(filled, share, 1.0) * waited / runs.virtual
 
 
 def _sent(runs: Runs, constants: Constants, part: Layer) -> Vector:
@@ -245,10 +258,14 @@ def _sent(runs: Runs, constants: Constants, part: Layer) -> Vector:
     return np.where(runs.stage > 1, shown, 0.0)
 
 
-def _reduction(runs: Runs, constants: Constants, own: Vector, back: Vector) -> Vector:
+def _reduction(
+    runs: Runs, constants: Constants, own: Vector, experts: Vector, back: Vector
+) -> Vector:
     """Exposed seconds of summing gradients over replicas that hold whole parameters."""
     replicas = runs.data * runs.context
-    inside, outside = placed(runs, replicas, runs.tensor)
+    alike = np.maximum(replicas / runs.expert, 1.0)
+    everyone = placed(runs, replicas, runs.tensor)
+    some = placed(runs, alike, runs.tensor * runs.expert)
     launches = np.where(
         runs.where("reduction", "overlapped by layer"),
         # Buckets of all-reduced gradients hold about two layers.
@@ -258,17 +275,21 @@ def _reduction(runs: Runs, constants: Constants, own: Vector, back: Vector) -> V
         1.0,
     )
 
-    def time(kind: str, bytes_: Vector) -> Vector:
-        return collective_s(runs, constants, kind, bytes_, inside, outside, launches)
+    def time(kind: str, each: Vector | float) -> Vector:
+        def among(count: Vector, group: tuple[Vector, Vector]) -> Vector:
+            bytes_ = count * each
+            return collective_s(runs, constants, kind, bytes_, *group, launches)
 
-    scatter = time("reduce_scatter", own * runs.gradient_bytes)
+        return among(own - experts, everyone) + np.where(
+            experts > 0, among(experts, some), 0.0
+        )
+
+    scatter = time("reduce_scatter", runs.gradient_bytes)
     # All replicas sum by a ring; sharded ones gather what they updated, in 16 bits.
-    both = np.where(
-        runs.zero > 0, scatter + time("all_gather", own * 2.0), 2.0 * scatter
-    )
+    both = np.where(runs.zero > 0, scatter + time("all_gather", 2.0), 2.0 * scatter)
     hidden = constants["data.hidden"] * back
-    shown = np.maximum(both - hidden, constants["data.exposed"] * both)
-    bucketed = np.maximum(both - hidden, constants["data.exposed_buckets"] * both)
+    shown = trailing(both, hidden, constants["data.exposed"])
+    bucketed = trailing(both, hidden, constants["data.exposed_buckets"])
     by_layer = np.where(runs.zero > 0, both, shown)
     exposed = np.select(
         [
@@ -291,7 +312,8 @@ def _sharded_replicas(
     """The same where parameters are sharded in groups: sums between the groups."""
     groups = runs.data * runs.context / runs.shard
     inside, outside = placed(runs, groups, runs.tensor * runs.shard)
-    held = runs.layers / runs.stage * part.params / runs.shard
+    trained = np.where(runs.frozen > 0, 0.0, runs.layers)
+    held = trained / runs.stage * part.params / runs.shard
     between = 2.0 * collective_s(
         runs, constants, "reduce_scatter", 4.0 * held, inside, outside
     )
@@ -299,24 +321,25 @@ def _sharded_replicas(
     on_gpus = (runs.zero == 3) & ~runs.torus & (groups > 1)
     # Slices of a TPU sum over the data-center network, 2 bytes both ways.
     rate = runs.fabric.outer_bytes_per_s * constants["network.dcn"]
-    slices = 4.0 * runs.layers * runs.layer_params / runs.shard / runs.tensor / rate
+    slices = 4.0 * trained * runs.layer_params / runs.shard / runs.tensor / rate
     late = np.maximum(slices - 0.5 * back, 0.0) + 0.1 * slices
     return np.where(on_gpus, shown, 0.0) + np.where(
         runs.torus & (runs.slices > 1), late, 0.0
     )
 
 
-def _update(runs: Runs, constants: Constants, part: Layer, own: Vector) -> Vector:
+def _update(
+    runs: Runs, constants: Constants, part: Layer, own: Vector, experts: Vector
+) -> Vector:
     """Seconds of the optimizer, and of adding up microbatches' gradients."""
     passes = np.where(
         runs.where("optimizer", "eager"),
         constants["optimizer.eager"],
         constants["optimizer.fused"],
     )
-    whole = runs.layers * part.params + runs.vocab_params / runs.tensor
-    updated = np.where(runs.zero == 3, whole, own)
     ways = np.where(runs.zero > 0, runs.shard, 1.0)
-    update = passes * UPDATE_BYTES * updated / ways / runs.hbm
+    updated = (own - experts) / ways + experts / np.maximum(ways / runs.expert, 1.0)
+    update = passes * UPDATE_BYTES * updated / runs.hbm
     # A float32 sum: read, and written, and the gradient read where it is not fused.
     added = np.where(runs.where("fusion", "eager"), 12.0, 8.0)
     added = np.where((runs.gradient_bytes == 4) & ~runs.torus, added, 0.0)
@@ -324,4 +347,5 @@ def _update(runs: Runs, constants: Constants, part: Layer, own: Vector) -> Vecto
     local = runs.layers * part.params / runs.stage
     local = local + runs.vocab * runs.embed / runs.tensor
     times = np.where(runs.microbatches > 1, runs.microbatches, 0.0)
+    added = np.where(runs.frozen > 0, 0.0, added)
     return update + times * added * local / runs.hbm

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoshard.ir.errors import InputError
+from autoshard.ir.errors import InputError, OutputError
 from autoshard.plan.schema import Plan
 from autoshard.report.explain import explain
 from autoshard.report.units import bytes_text, seconds_text
@@ -93,6 +93,48 @@ def plot_losses(
     if any(runs):
         on.legend()
     return on
+
+
+def save_scatter(
+    path: str, series: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """Draws predicted against measured seconds on logarithmic axes, and saves it.
+
+    Args:
+        path: Of the image; its ending names the format.
+        series: Pairs of measured and predicted seconds, by name; empty ones are left
+            out.
+
+    Raises:
+        InputError: The format that the ending names is not known.
+        OutputError: The image cannot be written.
+    """
+    import matplotlib.pyplot as plt
+
+    on = _axes(None)
+    points = [pair for pairs in series.values() for pair in pairs]
+    for name, pairs in series.items():
+        if pairs:
+            measured, predicted = zip(*pairs, strict=True)
+            on.scatter(measured, predicted, s=8, label=name)
+    if points:
+        ends = [min(min(p) for p in points), max(max(p) for p in points)]
+        on.plot(ends, ends, color="black", linewidth=0.8)
+        on.legend(fontsize="x-small")
+    on.set_xscale("log")
+    on.set_yscale("log")
+    on.set_xlabel("measured seconds per step")
+    on.set_ylabel("predicted")
+    on.set_title("Published runs")
+    figure = on.figure
+    try:
+        figure.savefig(path, dpi=150)  # pyright: ignore[reportAttributeAccessIssue]
+    except OSError as e:
+        raise OutputError(f"the image {path} cannot be written: {e}") from e
+    except ValueError as e:
+        raise InputError(f"the image {path} cannot be written: {e}") from e
+    finally:
+        plt.close(figure)  # pyright: ignore[reportArgumentType]
 
 
 def _axes(ax: Axes | None) -> Axes:

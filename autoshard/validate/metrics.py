@@ -96,7 +96,7 @@ def groups(
         guess = np.asarray([predicted[i] for i in indices], dtype=np.float64)
         if len(indices) < GROUP_SIZE or times.max() / times.min() < 1 + GROUP_SPREAD:
             continue
-        tau = float(kendalltau(times, guess).statistic)
+        tau = float(np.asarray(kendalltau(times, guess))[0])
         if np.isnan(tau):  # all predicted alike: nothing is ranked
             tau = 0.0
         regret = float(times[np.argmin(guess)] / times.min() - 1)
@@ -134,6 +134,6 @@ class Fits:
         return cls(
             int(truth.sum()),
             int((~truth).sum()),
-            hit / truth.sum() if truth.any() else nan,
-            hit / said.sum() if said.any() else nan,
+            hit / int(truth.sum()) if truth.any() else nan,
+            hit / int(said.sum()) if said.any() else nan,
         )

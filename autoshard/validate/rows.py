@@ -33,6 +33,9 @@ PARAMS_TOLERANCE = 0.08
 """How far the parameters of the printed sizes may be from the printed parameters: names
 round to a tenth, and positions and norms are not counted."""
 
+LARGEST = 1e18
+"""No number of a row is above it, and none is below its inverse."""
+
 
 class LeftOutError(Exception):
     """A row is not used; the message says why."""
@@ -174,6 +177,8 @@ def _number(record: dict[str, str], name: str) -> float | None:
         raise LeftOutError(f"{name} is {text[:30]!r}, not a number") from None
     if not math.isfinite(value) or value < 0:
         raise LeftOutError(f"{name} is {text[:30]!r}; it must be positive")
+    if value and not 1 / LARGEST < value < LARGEST:
+        raise LeftOutError(f"{name} is {text[:30]!r}, which no run has")
     return value or None
 
 
@@ -223,9 +228,10 @@ def _row(source: str, line: int, record: dict[str, str]) -> Row:
     slices = _slices(record, notes)
     where = _cluster(record, chip, layout.chips, slices)
     dtype = _dtype(record)
-    run = Run(
-        decoder, where, layout, _count(record, "seq_len", 0), software, dtype, slices
-    )
+    seq = _count(record, "seq_len", 0)
+    if not seq:
+        raise LeftOutError("seq_len must be positive")
+    run = Run(decoder, where, layout, seq, software, dtype, slices)
     try:
         where.peak_flops_per_s(dtype)
     except InputError as e:
@@ -235,6 +241,8 @@ def _row(source: str, line: int, record: dict[str, str]) -> Row:
     measured = None if failed else _seconds(record, run)
     memory = _number(record, "peak_mem_gib")
     if measured is None and memory is None and not failed:
+        if re.search(r"\bOOM\b", notes):
+            raise LeftOutError("failed, and whether for want of memory is not said")
         raise LeftOutError("neither time nor memory is given")
     doubt = _doubt(record, notes, dtype, layout, failed)
     return Row(
@@ -365,12 +373,17 @@ def _layout(record: dict[str, str], notes: str, software: Software) -> Layout:
         # Counted per core, or with accumulation printed otherwise: the batch decides.
         microbatch = batch / (data * steps)
     text = record.get("zero_stage", "").strip()
-    # Some tables write "full" where parameters are sharded over all replicas.
-    words = record.get("fsdp", "").strip().lower() in ("full", "true", "false", "no")
-    shards = 1 if words else _count(record, "fsdp", 1)
-    zero = int(text[0]) if text[:1].isdigit() else 3 if shards > 1 else 0
-    ways = re.search(r"over (\d+) ranks", text)
+    if text and not re.match(r"[0-3]\b", text):
+        raise LeftOutError(f"zero_stage {text[:30]!r} is not known")
     shard = data * context
+    # Some tables write "full" where parameters are sharded over all replicas.
+    words = record.get("fsdp", "").strip().lower()
+    if words in ("full", "true", "false", "no"):
+        shards = shard if words in ("full", "true") else 1
+    else:
+        shards = _count(record, "fsdp", 1)
+    zero = int(text[0]) if text else 3 if shards > 1 else 0
+    ways = re.search(r"over (\d+) ranks", text)
     if ways:
         shard = min(int(ways.group(1)), shard)
     elif zero == 3 and shards > 1:
@@ -385,7 +398,7 @@ def _layout(record: dict[str, str], notes: str, software: Software) -> Layout:
         return Layout(
             data=data,
             shard=shard if zero else 1,
-            zero=min(zero, 3),
+            zero=zero,
             tensor=tensor,
             sequence=record.get("sp", "").lower()[:4] in ("1", "true"),
             context=context,
@@ -408,7 +421,7 @@ def _recomputed(record: dict[str, str]) -> str:
 
 
 def _capacity(notes: str) -> float:
-    found = re.search(r"capacity_factor ([\d.]+\d)", notes)
+    found = re.search(r"capacity_factor (\d+(?:\.\d+)?)", notes)
     return float(found.group(1)) if found else 1.0
 
 
@@ -456,7 +469,7 @@ def _cluster(record: dict[str, str], name: str, chips: int, slices: int) -> Clus
     except InputError as e:
         raise LeftOutError(str(e)) from e
     rate = _network_bytes_per_s(record.get("interconnect", ""), per_node)
-    if rate is None or name in {s["type"] for s in known()["systems"]}:
+    if not rate or name in {s["type"] for s in known()["systems"]}:
         return where
     stated = Figure(value=rate, source="the row's interconnect column")
     links: tuple[Link, ...] = tuple(
