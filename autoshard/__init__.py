@@ -18,10 +18,12 @@ from autoshard.api import (
     load_strategy,
     parallelize,
     register_rule,
+    repair_plan,
     resolve,
     search,
     train_step,
     validate,
+    verify_plan,
 )
 from autoshard.ir.annotate import annotate
 from autoshard.ir.errors import AutoshardError
@@ -55,8 +57,10 @@ __all__ = [
     "plot_losses",
     "plot_memory",
     "register_rule",
+    "repair_plan",
     "resolve",
     "search",
     "train_step",
     "validate",
+    "verify_plan",
 ]

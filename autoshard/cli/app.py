@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from autoshard.cli import calibrating, lists, planning, rules, running, validating
+from autoshard.cli import (
+    calibrating,
+    lists,
+    planning,
+    rules,
+    running,
+    validating,
+    verifying,
+)
 from autoshard.cli.output import fail
 from autoshard.ir.errors import AutoshardError
 from autoshard.ir.version import VERSION
@@ -103,6 +111,14 @@ app.command(
         "validate my-runs --json",
     )
 )(validating.validate)
+app.command(
+    epilog=_examples(
+        "verify plan.json",
+        "verify plan.json --target host --json",
+        "verify plan.json --blocks 2",
+        "verify plan.json --repair -o repaired.json",
+    )
+)(verifying.verify)
 app.command(epilog=_examples("models", "models --json"))(lists.models)
 app.command(epilog=_examples("clusters", "clusters --json"))(lists.clusters)
 app.command(epilog=_examples("strategies", "strategies --json"))(lists.strategies)

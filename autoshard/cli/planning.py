@@ -56,6 +56,16 @@ def search(
         int | None,
         typer.Option("--top", metavar="K", min=1, help="List the K best plans."),
     ] = None,
+    verify: Annotated[
+        int | None,
+        typer.Option(
+            "--verify",
+            metavar="K",
+            min=1,
+            help="Compile the K best plans for their chips, and rank them by what the "
+            "compiler says of memory and time.",
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="Write the best plan."),
@@ -87,11 +97,19 @@ def search(
         resolved.batch,
         cluster=cluster,
         strategy=strategy,
-        top=top or 1,
+        top=max(top or 1, verify or 1),
         replicate=replicate or (),
         model_ref=resolved.ref,
         log=say,
     )
+    if verify is not None:
+        from autoshard.cli import verified
+
+        ranked = api.rank_verified(resolved.step, plans[:verify], log=say)
+        plans = [*(plan for plan, _ in ranked), *plans[verify:]]
+        if not as_json:
+            show(verified.ranking(ranked))
+    plans = plans[: max(top or 1, verify or 1)]
     best = plans[0]
     if output is not None:
         api.save_plan(best, output)

@@ -229,13 +229,10 @@ def _load(
             f"{', '.join(given)} cannot be given with the plan {path}, which fixes "
             "them; search again with these options, or run the model by its name."
         )
-    plan = api.load_plan(path)
+    plan = load_named(
+        path, "run it there, with autoshard.parallelize(train_step, plan)"
+    )
     where = plan.cluster
-    if plan.program.model is None:
-        raise InputError(
-            f"the plan {path} was made from Python and does not say how its program is "
-            "built; run it there, with autoshard.parallelize(train_step, plan)."
-        )
     if cluster is not None:
         chips = api.cluster(cluster)
         if (chips.name, chips.fingerprint) != (where.name, where.fingerprint):
@@ -250,6 +247,27 @@ def _load(
         known = chip_type in api.cluster_names()
         kind = api.cluster(where.name).kind if known else None
     return plan, _devices(where.name, kind, where.num_chips)
+
+
+def load_named(path: str, otherwise: str) -> Plan:
+    """A plan that says how its program is built.
+
+    Args:
+        path: Of the plan.
+        otherwise: What to do with a plan that does not say it.
+
+    Raises:
+        InputError: The file cannot be read, or does not say it.
+    """
+    from autoshard import api
+
+    plan = api.load_plan(path)
+    if plan.program.model is None:
+        raise InputError(
+            f"the plan {path} was made from Python and does not say how its program is "
+            f"built; {otherwise}."
+        )
+    return plan
 
 
 def _devices(name: str, kind: Any, num_chips: int) -> list[Any]:

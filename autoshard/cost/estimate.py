@@ -80,6 +80,7 @@ def estimate(
         matmul_s=float(prices.matmul_s[0]),
         memory_bound_s=float(prices.other_s[0]),
         collective_s=float(prices.collective_s[0]),
+        hidden_s=float(prices.hidden_s[0]),
         model_flops=flops,
         mfu=flops / (step_s * peak) if step_s else 0.0,
         tokens_per_s=(

@@ -38,6 +38,22 @@ def share_of_peak(generation: str, kind: str, constants: Constants) -> float:
     return share * constants["matmul.training"] if kind == "gpu" else share
 
 
+def busy_share(smallest: Figures, peak: Figures, half_dim: float) -> Vector:
+    """Share of the rate of large products that one of a smallest dim reaches.
+
+    Args:
+        smallest: Of the dims m, k and n.
+        peak: FLOP/s of the chip.
+        half_dim: Smallest dim at which a chip of 1 PFLOP/s reaches half of its rate: a
+            faster chip needs larger tiles to keep it busy.
+
+    >>> float(busy_share(512.0, 1e15, 512.0))
+    0.5
+    """
+    smallest = np.asarray(smallest, dtype=np.float64)
+    return smallest / (smallest + half_dim * np.asarray(peak) / 1e15)
+
+
 def product_s(
     m: Figures,
     k: Figures,
@@ -58,8 +74,7 @@ def product_s(
         peak: FLOP/s of the chip in the operands' dtype.
         share: Of it that large products reach.
         hbm: Bytes/s of memory.
-        half_dim: Smallest dim at which a chip of 1 PFLOP/s reaches half of its rate: a
-            faster chip needs larger tiles to keep it busy.
+        half_dim: As in `busy_share`.
         bytes_: Of an element.
 
     >>> large = dict(peak=1e15, share=1.0, hbm=3e12, half_dim=0.0)
@@ -67,7 +82,7 @@ def product_s(
     137
     """
     smallest = np.minimum(np.minimum(m, k), n)
-    rate = peak * share * smallest / (smallest + half_dim * np.asarray(peak) / 1e15)
+    rate = peak * share * busy_share(smallest, peak, half_dim)
     traffic = bytes_ * (m * k + k * n + m * n) / (hbm * HBM_EFFICIENCY)
     return np.maximum(2.0 * m * k * n / rate, traffic)
 

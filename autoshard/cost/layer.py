@@ -95,7 +95,9 @@ def layer(runs: Runs, constants: Constants) -> Layer:
     whole = np.where(runs.sequence > 0, tensor, 1.0)
     # Two norms and two residual sums of four reads or writes and one; rotary tables;
     # the activation between the MLP's products. In 16 bits.
-    moved = 10 * embed / whole + 3 * (queries + 2 * keys)
+    # Models without gates have learned positions, or none, and no rotary tables.
+    rotated = np.where(runs.gated > 0, 3.0, 1.5)
+    moved = 10 * embed / whole + rotated * (queries + 2 * keys)
     moved = moved + 1.5 * (runs.matrices - 1) * hidden / tensor
     sent = runs.moe_share * runs.top_k * 4 * embed
     moved = moved + sent * constants["traffic.dispatch"]
@@ -106,7 +108,13 @@ def layer(runs: Runs, constants: Constants) -> Layer:
     )
     logits = tokens * runs.vocab / tensor
     head = np.where(runs.frozen > 0, 2.0, 3.0)
-    loss = np.where(runs.where("loss", "eager"), constants["loss.eager_bytes"], 12.0)
+    # Fused: 16-bit scores read twice, and their gradients written and read twice. In
+    # float32: as many, and the casts.
+    loss = np.select(
+        [runs.where("loss", "eager"), runs.where("loss", "float32")],
+        [constants["loss.eager_bytes"], 26.0],
+        12.0,
+    )
     local = runs.plain_params + runs.moe_share * runs.expert_params / runs.expert
     return Layer(
         qkv=product(tokens, embed, queries + 2 * keys) * latent,

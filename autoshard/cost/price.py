@@ -9,27 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
+from autoshard.cost.constants import Constants
+from autoshard.cost.kernels import HBM_EFFICIENCY, busy_share, share_of_peak
+from autoshard.cost.overlap import prefetched, trailing
 from autoshard.cost.work import Work
 from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import AXES
 from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import OUTPUT, Dims, Exchange, Reshard, ShardedProgram
-
-MATMUL_EFFICIENCY = 0.75
-"""Share of peak that large matrix products reach on average; the best single shapes
-reach 0.78-0.87 on H100, B200 and A100 (github.com/stas00/ml-engineering,
-compute/accelerator, maximum achievable matmul FLOPS)."""
-
-HBM_EFFICIENCY = 0.85
-"""Share of memory bandwidth that streaming kernels reach (BabelStream on A100 and H100
-prints 85-92 %)."""
 
 MEMORY_HEADROOM = 0.94
 """Share of memory that a program may use; the rest is runtime, communication buffers
@@ -99,6 +94,30 @@ def axes_of(dims: Dims) -> frozenset[str]:
     return frozenset(a for dim in dims for a in dim)
 
 
+_SAME_VALUE = (
+    "link",
+    "convert_element_type",
+    "copy",
+    "transpose",
+    "autoshard_annotate",
+)
+
+
+def _product_dims(rule: Any) -> tuple[tuple[int, ...], ...] | None:
+    """Factors of the dims m, k and n of a product of two operands, else None.
+
+    A factor in both operands and the result is a batch of products and no dim of one.
+    """
+    if rule.op_kind != "matmul" or len(rule.operands) != 2:
+        return None
+    left, right = ({f for d in dims for f in d} for dims in rule.operands)
+    result = {f for dims in rule.results for d in dims for f in d}
+    m = tuple(sorted((left & result) - right))
+    n = tuple(sorted((right & result) - left))
+    k = tuple(sorted((left | right) - result))
+    return tuple(dim for dim in (m, k, n) if dim) or None
+
+
 @dataclass(frozen=True, slots=True)
 class Prices:
     """Costs per candidate, each a float64 vector.
@@ -106,14 +125,16 @@ class Prices:
     Attributes:
         matmul_s: Seconds in matrix products.
         other_s: Seconds in everything else a chip computes.
-        collective_s: Seconds in collectives, none overlapped.
+        collective_s: Seconds in collectives, as far as computation does not hide them.
         peak_bytes: Bytes per device at the peak.
+        hidden_s: Seconds in collectives beside computation.
     """
 
     matmul_s: Vector
     other_s: Vector
     collective_s: Vector
     peak_bytes: Vector
+    hidden_s: Vector
 
     @property
     def step_s(self) -> Vector:
@@ -127,14 +148,20 @@ class Pricer:
     Args:
         sharded: The program, traced without microbatches.
         work: Its facts, from `analyse`.
+        constants: Of the cost model, by default as fitted to published runs.
     """
 
-    def __init__(self, sharded: ShardedProgram, work: Work) -> None:
+    def __init__(
+        self, sharded: ShardedProgram, work: Work, constants: Constants | None = None
+    ) -> None:
         self.sharded = sharded
         self.work = work
         self.program = sharded.traced.program
         self.moves = unique_moves(sharded)
+        self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
+        self._products = [_product_dims(rule) for rule in sharded.classes.rules]
+        self._prefetched, self._trailing = self._moves_of_state()
 
     def price(
         self,
@@ -157,14 +184,84 @@ class Pricer:
         """
         meshes = Meshes(cluster, sizes)
         matmul, other = self._compute(meshes, microbatches)
-        collective = np.zeros(len(meshes))
+        ahead, after, between = (np.zeros(len(meshes)) for _ in range(3))
         for index in range(len(self.moves)):
+            where = (
+                ahead
+                if index in self._prefetched
+                else after
+                if index in self._trailing
+                else between
+            )
             for _, time, _, _ in self.collective(index, meshes, microbatches):
-                collective += time
+                where += time
         for exchange in self.sharded.exchanges:
-            collective += self.exchange(exchange, meshes, microbatches)[0]
+            between += self.exchange(exchange, meshes, microbatches)[0]
+        shown = self._exposed(cluster, matmul + other, ahead, after, between)
         peak, _ = self.memory(meshes, microbatches)
-        return Prices(matmul, other, collective, peak)
+        hidden = ahead + after + between - shown
+        return Prices(matmul, other, shown, peak, hidden)
+
+    def _exposed(
+        self,
+        cluster: Cluster,
+        work: Vector,
+        ahead: Vector,
+        after: Vector,
+        between: Vector,
+    ) -> Vector:
+        """Seconds of collectives that computation does not hide.
+
+        Args:
+            cluster: Where.
+            work: Seconds of computation.
+            ahead: Of gathers of parameters, which XLA starts ahead of their use.
+            after: Of sums of gradients, which end beside the rest of the backward pass.
+            between: Of collectives on activations, which the next op waits for; the
+                TPU compiler runs pieces of them beside the product.
+        """
+        c = self.constants
+        if cluster.kind == "cpu":  # its collectives block
+            return ahead + after + between
+        if cluster.kind == "tpu":
+            between = between * c["tensor.compiler"]
+            rest = work + between
+            return between + prefetched(
+                ahead + after, rest, c["gather.interference_tpu"]
+            )
+        rest = work + between
+        # Two thirds of the work are the backward pass.
+        cover = c["data.hidden"] * rest * 2 / 3
+        return (
+            between
+            + prefetched(ahead, rest, c["gather.interference"])
+            + trailing(after, cover, c["data.exposed"])
+        )
+
+    def _moves_of_state(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Moves that gather parameters, and those that sum gradients."""
+        params = {
+            value
+            for value, info in zip(
+                self.program.inputs, self.sharded.traced.inputs, strict=True
+            )
+            if info.state == "params"
+        }
+        for op in self.program.ops:
+            if op.primitive == BARRIER:  # its results are its operands
+                pairs = zip(op.inputs, op.outputs, strict=True)
+                params.update(result for v, result in pairs if v in params)
+                continue
+            single = [v for v in op.inputs if v >= 0]
+            if len(single) == 1 and single[0] in params and op.primitive in _SAME_VALUE:
+                params.update(op.outputs)
+        ahead, after = set(), set()
+        for index, move in enumerate(self.moves):
+            if move.unreduced and move.value in self.work.gradients:
+                after.add(index)
+            elif not move.unreduced and move.value in params:
+                ahead.add(index)
+        return frozenset(ahead), frozenset(after)
 
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
@@ -192,13 +289,14 @@ class Pricer:
     # -- time --------------------------------------------------------------------
 
     def _compute(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector]:
-        cluster, work = meshes.cluster, self.work
+        cluster, work, c = meshes.cluster, self.work, self.constants
         chip = cluster.chip
         share = chip.hbm_efficiency.value if chip.hbm_efficiency else HBM_EFFICIENCY
         rate = cluster.hbm_bytes_per_s * share
-        share = MATMUL_EFFICIENCY
-        if chip.matmul_efficiency:
-            share = chip.matmul_efficiency.value
+        share = share_of_peak(chip.generation or "other", cluster.kind, c)
+        half_dim = c["matmul.half_dim"]
+        if chip.matmul_efficiency:  # measured on average shapes
+            share, half_dim = chip.matmul_efficiency.value, 0.0
         matmul, other = np.zeros(len(meshes)), np.zeros(len(meshes))
         for op, rule, axes in zip(
             self.program.ops,
@@ -221,8 +319,12 @@ class Pricer:
                 if work.batched_op[op.index]:
                     flops = flops / cuts
                 dtype = product_dtype(self.program, op)
-                peak = cluster.peak_flops_per_s(dtype) * share
-                matmul += repeats * np.maximum(flops / peak, traffic)
+                peak = cluster.peak_flops_per_s(dtype)
+                reached = peak * share
+                smallest = self._smallest_dim(op, rule, axes, meshes, cuts)
+                if smallest is not None:
+                    reached = reached * busy_share(smallest, peak, half_dim)
+                matmul += repeats * np.maximum(flops / reached, traffic)
             else:
                 other += repeats * traffic
         # Microbatches: read the sum, read the new gradient, write the sum.
@@ -232,6 +334,25 @@ class Pricer:
             )
             other += np.where(cuts > 1, cuts * 3 * size / rate, 0.0)
         return matmul, other
+
+    def _smallest_dim(
+        self, op: Op, rule: Any, axes: Dims, meshes: Meshes, cuts: Vector
+    ) -> Vector | None:
+        """Smallest of the dims m, k and n of a product on one device."""
+        dims = self._products[op.index]
+        if dims is None:
+            return None
+        found: Vector | None = None
+        batched = self.work.batched_op[op.index]
+        batch = {c for c, n in self.sharded.classes.names.items() if "batch" in n}
+        of_factor = self.sharded.classes.of_factor[op.index]
+        for factors in dims:
+            size = np.full(len(meshes), float(prod(rule.sizes[f] for f in factors)))
+            size = size / meshes.product(axes_of(tuple(axes[f] for f in factors)))
+            if batched and any(of_factor[f] in batch for f in factors):
+                size = size / cuts
+            found = size if found is None else np.minimum(found, size)
+        return found
 
     def _op_bytes(
         self, op: Any, rule: Any, axes: Dims, meshes: Meshes, cuts: Vector

@@ -228,7 +228,9 @@ class Runs:
             take(f"again_{f.name}", values)
         take("seq", [r.seq for r in runs])
         take("slices", [r.slices for r in runs])
-        take("gradient_bytes", [r.software.gradient_bytes for r in runs])
+        stored = ("gradient_bytes", "param_bytes", "optimizer_bytes", "bucket_bytes")
+        for name in stored:
+            take(name, [getattr(r.software, name) for r in runs])
         take("chips", [r.layout.chips for r in runs])
         chips = [r.cluster.chip for r in runs]
         fabrics = [Fabric.of(r.cluster) for r in runs]

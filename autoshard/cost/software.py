@@ -39,10 +39,19 @@ class Software(BaseModel):
             needs.
         stages: Whether pipeline stages get equal numbers of layers, the embedding and
             the head counted as layers where they do not divide, or equal cost.
-        loss: Whether the loss is one kernel.
+        loss: Whether the loss is one kernel, and of scores cast to float32.
         update: How updated shards reach other ranks: gathered, or each broadcast.
         optimizer: Whether the update is one kernel.
         gradient_bytes: Of one gradient as it is summed.
+        sums: Whether float32 sums of gradients stand alone or beside 16-bit gradients.
+        param_bytes: Of one parameter as it is stored.
+        optimizer_bytes: Of Adam's state per parameter: two moments, and a float32 copy
+            where parameters are stored in 16 bits.
+        bucket_bytes: Of buffers in which gradients and parameters are sent.
+        logits: Whether the loss copies the logits or a compiler fuses most of it.
+        counts: What the memory that it logs is of: tensors, what the allocator
+            reserves, or all that is taken from the device.
+        logged: The pipeline stage that it logs memory of.
 
     >>> SOFTWARE["xla"].fusion
     'compiler'
@@ -65,10 +74,17 @@ class Software(BaseModel):
     tensor: Literal["exposed", "overlapped", "compiler"] = "exposed"
     replays: Literal["all", "what is needed"] = "all"
     stages: Literal["by layers", "balanced"] = "by layers"
-    loss: Literal["fused", "eager"] = "fused"
+    loss: Literal["fused", "float32", "eager"] = "fused"
     update: Literal["gathered", "broadcast"] = "gathered"
     optimizer: Literal["fused", "eager"] = "fused"
     gradient_bytes: int
+    sums: Literal["alone", "beside"] = "alone"
+    param_bytes: Literal[2, 4] = 2
+    optimizer_bytes: int = 12
+    bucket_bytes: int = 0
+    logits: Literal["copied", "compiled"] = "compiled"
+    counts: Literal["allocated", "reserved", "device"] = "reserved"
+    logged: Literal["largest", "first"] = "largest"
 
 
 @cache

@@ -22,6 +22,7 @@ from autoshard.cost.layer import (
     placed,
     transfers,
 )
+from autoshard.cost.overlap import prefetched, trailing
 from autoshard.cost.run import Runs, Vector
 
 UPDATE_BYTES = 20
@@ -173,7 +174,7 @@ def _passes(
     ) -> _Pass:  # fmt: skip
         work = products + attention + traffic + collectives
         # The next layer's parameters are gathered while this one computes.
-        shown = np.maximum(gather - work, 0.0) + show * np.minimum(gather, work)
+        shown = prefetched(gather, work, show)
         return _Pass(products, attention, traffic, collectives + shown)
 
     around = moved.tensor + moved.expert
@@ -287,8 +288,8 @@ def _reduction(
     # All replicas sum by a ring; sharded ones gather what they updated, in 16 bits.
     both = np.where(runs.zero > 0, scatter + time("all_gather", 2.0), 2.0 * scatter)
     hidden = constants["data.hidden"] * back
-    shown = np.maximum(both - hidden, constants["data.exposed"] * both)
-    bucketed = np.maximum(both - hidden, constants["data.exposed_buckets"] * both)
+    shown = trailing(both, hidden, constants["data.exposed"])
+    bucketed = trailing(both, hidden, constants["data.exposed_buckets"])
     by_layer = np.where(runs.zero > 0, both, shown)
     exposed = np.select(
         [

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from autoshard.lower.step import ParallelFunction, ParallelStep, parallelize
+from autoshard.lower.step import (
+    ParallelFunction,
+    ParallelStep,
+    batch_of,
+    parallelize,
+)
 
-__all__ = ["ParallelFunction", "ParallelStep", "parallelize"]
+__all__ = ["ParallelFunction", "ParallelStep", "batch_of", "parallelize"]

@@ -131,7 +131,7 @@ class ParallelStep(_Lowered):
     def __init__(
         self, step: TrainStep, plan: Plan, devices: Sequence[Any] | None = None
     ) -> None:
-        batch = _batch_of(plan)
+        batch = batch_of(plan)
         check_tensors(step, plan, batch)
         plain = _traced(step.with_schedule(microbatches=1, remat="none"), [batch], plan)
         check_fingerprint(plain.program.fingerprint, plan)
@@ -190,7 +190,7 @@ class ParallelFunction(_Lowered):
         return self.jitted(*args)
 
 
-def _batch_of(plan: Plan) -> Any:
+def batch_of(plan: Plan) -> Any:
     """The abstract batch a plan was made for, as the nested dict its paths spell."""
     tree: dict[str, Any] = {}
     for tensor in plan.tensors:

@@ -50,7 +50,8 @@ class Estimate(Record):
         step_s: Seconds per step.
         matmul_s: Of these, in matrix products.
         memory_bound_s: In everything else a chip computes.
-        collective_s: In collectives; none are overlapped in this model.
+        collective_s: In collectives, as far as computation does not hide them.
+        hidden_s: In collectives beside computation; no part of `step_s`.
         model_flops: FLOPs of forward and backward, recomputation not counted.
         mfu: `model_flops / (step_s * chips * peak)`.
         tokens_per_s: Batch positions per second, when the batch holds token ids.
@@ -62,6 +63,7 @@ class Estimate(Record):
     matmul_s: float
     memory_bound_s: float
     collective_s: float
+    hidden_s: float = 0.0
     model_flops: float
     mfu: float
     tokens_per_s: float

@@ -81,7 +81,7 @@ def _predicted(estimate: Estimate) -> Document:
     parts = [
         ("matmul", estimate.matmul_s),
         ("memory-bound", estimate.memory_bound_s),
-        ("collectives", estimate.collective_s),
+        ("exposed collectives", estimate.collective_s),
     ]
     rest_s = estimate.step_s - sum(time_s for _, time_s in parts)
     # A sum that differs from the step by more than rounding is shown, not hidden.
@@ -90,6 +90,7 @@ def _predicted(estimate: Estimate) -> Document:
     memory = estimate.memory
     return {
         "step_s": estimate.step_s,
+        "hidden_s": estimate.hidden_s,
         "time": [
             {
                 "part": part,

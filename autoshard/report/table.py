@@ -139,6 +139,9 @@ def time_bars(document: Document) -> RenderableType:
     for row in p["time"]:
         _bar_row(table, row["part"], seconds_text(row["time_s"]), row["fraction"])
     _bar_row(table, "step", seconds_text(p["step_s"]), None)
+    if p["hidden_s"]:
+        hidden = seconds_text(p["hidden_s"])
+        _bar_row(table, "beside it: hidden collectives", hidden, None)
     return Group(heading("Time of a step"), table)
 
 

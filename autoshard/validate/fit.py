@@ -1,4 +1,4 @@
-"""Fitting the constants of the cost model to published step times.
+"""Fitting the constants of the cost model to published step times and peak memory.
 
 Robust least squares on logarithms of predicted over measured, each constant held to its
 prior (Gelman et al. 2013, Bayesian Data Analysis, section 14.8: a normal prior is a row
@@ -15,11 +15,15 @@ from scipy.optimize import least_squares
 from autoshard.cost.constants import Constants, table
 from autoshard.cost.run import Runs
 from autoshard.cost.step import predict
+from autoshard.validate.memory import printed_bytes
 from autoshard.validate.rows import Row
 
 SCATTER = 0.1
 """Logarithmic error that counts as one standard deviation: what remains between runs of
 one configuration, and what a model of so few constants cannot know."""
+
+MEMORY_SCATTER = 0.05
+"""The same of memory, which repeats from run to run: what allocators and logs round."""
 
 PRIOR_WEIGHT = 1.2
 """Weight of the priors' rows: the value, of 1, 1.5 and 2, at which sources left out are
@@ -74,3 +78,36 @@ def left_out(rows: Sequence[Row], start: Constants) -> np.ndarray:
         own = Runs.of([row.run for row in rows if row.source == source])
         seconds[mine] = predict(own, constants).step_s
     return seconds
+
+
+def fit_memory(rows: Sequence[Row], start: Constants | None = None) -> Constants:
+    """The constants that published peak memory and their priors make likely.
+
+    Args:
+        rows: With measured memory. Each source counts as much as the square root of
+            its rows, so that the largest does not decide alone.
+        start: What other constants are, and where to begin; by default the priors.
+
+    Returns:
+        Values for every constant; those of other things than memory as in `start`.
+    """
+    start = start or Constants.priors()
+    mine = [c for c in table() if c.name.startswith("memory.")]
+    names = [c.name for c in mine]
+    prior = np.log([c.prior for c in mine])
+    spread = np.array([c.spread for c in mine])
+    measured = np.log([row.memory_bytes or np.nan for row in rows])
+    sources = [row.source for row in rows]
+    weight = np.array([sources.count(source) ** -0.25 for source in sources])
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        values = dict(zip(names, np.exp(x).tolist(), strict=True))
+        constants = Constants({**start.values, **values})
+        error = (np.log(printed_bytes(rows, constants)) - measured) / MEMORY_SCATTER
+        soft = np.sign(error) * np.sqrt(2 * (np.sqrt(1 + error**2) - 1))
+        return np.concatenate([weight * soft, (x - prior) / spread * PRIOR_WEIGHT])
+
+    begin = np.log([start[name] for name in names])
+    found = least_squares(residuals, begin, max_nfev=25).x
+    values = dict(zip(names, np.exp(found).tolist(), strict=True))
+    return Constants({**start.values, **values})

@@ -206,7 +206,7 @@ def _row(source: str, line: int, record: dict[str, str]) -> Row:
     if missing:
         raise LeftOutError(f"not given: {', '.join(missing)}")
     notes = record.get("notes", "")
-    if re.search(r"plan not recorded|not recorded|auto_sharding", notes):
+    if re.search(r"plan not recorded|not recorded|auto_sharding|heuristic", notes):
         raise LeftOutError("the plan was found by a search and is not recorded")
     chip = _chip(record)
     year = re.search(r"20\d\d", record.get("source_date", ""))
@@ -215,6 +215,11 @@ def _row(source: str, line: int, record: dict[str, str]) -> Row:
         raise LeftOutError(f"software {record['framework'][:40]!r} is not known")
     if software.fusion == "compiler" and re.search(r"\beager\b", notes):
         software = software.model_copy(update={"fusion": "eager"})
+    for entry in known()["states"]:
+        experts = bool(_count(record, "n_experts", 0))
+        if software.name == entry["software"] and experts == entry["experts"]:
+            update = {k: entry[k] for k in ("optimizer_bytes", "logits")}
+            software = software.model_copy(update=update)
     offload = record.get("offload", "").lower()
     if re.search(r"optimizer|params|cpu|unclear", offload):
         raise LeftOutError("optimizer or parameters are kept in the host's memory")

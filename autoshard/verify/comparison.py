@@ -10,24 +10,40 @@ from autoshard.verify.hlo import Emitted
 
 AS_PLANNED = "as planned"
 SLICED_SUM = "reduce-scatter written as all-reduce and slice"
+SCATTERED = "all-reduce of which a slice is kept, written as reduce-scatter"
 PADDED_SUM = "all-gather written as all-reduce of padded parts"
 OTHER_LOOPS = "as planned, in other loops or outside of them"
 MOVED_LOOP = "moved into or out of a loop"
+CONVERTS = "as planned, and converted by the sum itself"
 IN_STEPS = "all-reduce over several axes written as one after another"
-FORMS = (AS_PLANNED, SLICED_SUM, PADDED_SUM, OTHER_LOOPS, MOVED_LOOP, IN_STEPS)
+FORMS = (
+    AS_PLANNED,
+    SLICED_SUM,
+    SCATTERED,
+    PADDED_SUM,
+    OTHER_LOOPS,
+    MOVED_LOOP,
+    CONVERTS,
+    IN_STEPS,
+)
 """Ways in which the same data movement is written.
 
 The partitioner sums each sharded dim of a reduction on its own; GPU and TPU pipelines
 fold the steps into one, and turn an all-reduce with a slice into a reduce-scatter.
 """
 
-AT_ONCE = "partial sums of a lookup or a reduction are summed over all axes at once"
+AT_ONCE = "partial sums are summed over all axes at once"
+SCATTERED_FIRST = "summed over some axes and scattered, then summed over the others"
 KEPT_WHOLE = "summed everywhere where each device needs a slice"
 CUT = "rows change devices where a sharded dim is cut or extended"
 MERGED = "moved once and kept where the plan moves it again"
 HOISTED = "run once before a loop where the plan runs it in every turn"
+SUNK = "summed once after a loop that adds up what the plan sums in every turn"
+ADDED = "what is added up is summed once, where the plan sums each and adds"
+CANCELLED = "gathered from a slice of a sum, which is kept whole instead"
 RECOMPUTED = "moved again where the backward pass recomputes"
 REPEATED = "the same collective is emitted more than once"
+INDICES = "indices of a lookup are made in parts and gathered for it"
 DEVICE_ORDER = "blocks change their device, no dim its axes"
 PADDED = "a dim that does not divide is padded"
 OTHER_DTYPE = "moved in another element type"
@@ -38,12 +54,17 @@ UNNAMED_GROUPS = "devices form groups that no product of mesh axes is"
 UNEXPLAINED = "unexplained"
 CAUSES = (
     AT_ONCE,
+    SCATTERED_FIRST,
     KEPT_WHOLE,
     CUT,
     MERGED,
     HOISTED,
+    SUNK,
+    ADDED,
+    CANCELLED,
     RECOMPUTED,
     REPEATED,
+    INDICES,
     DEVICE_ORDER,
     PADDED,
     OTHER_DTYPE,

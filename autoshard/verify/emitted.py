@@ -25,7 +25,13 @@ from autoshard.verify.hlo import Emitted, collectives
 from autoshard.verify.module import Module
 
 _PARTITIONED = "*after_spmd-partitioning*.txt"
-_REMATERIALIZED = re.compile(r"[^\n]*[Ii]nvoluntary full rematerialization[^\n]*")
+REMATERIALIZED = re.compile(r"[^\n]*[Ii]nvoluntary full rematerialization[^\n]*")
+DUMPS: dict[str, Any] = {
+    "xla_dump_hlo_pass_re": ".*partition.*",
+    "xla_dump_hlo_as_text": True,
+}
+"""Options that make XLA write the module after partitioning, into `xla_dump_to`."""
+
 _FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Machine code is not looked at; these leave HLO passes as they are."""
 
@@ -72,30 +78,35 @@ def compile_and_read(lowered: Any, sizes: dict[str, int]) -> EmittedProgram:
             "against the plan as well; unset it or set it to 1."
         )
     with tempfile.TemporaryDirectory(prefix="autoshard-") as folder:
-        options: dict[str, Any] = {
-            "xla_dump_to": folder,
-            "xla_dump_hlo_pass_re": ".*partition.*",
-            "xla_dump_hlo_as_text": True,
-        }
-        with _no_cache(), captured_stderr() as messages:
+        options: dict[str, Any] = {"xla_dump_to": folder, **DUMPS}
+        with no_cache(), captured_stderr() as messages:
             compiled = lowered.compile(compiler_options=options | _FAST)
-        dumped = sorted(Path(folder).glob(_PARTITIONED))
-        if len(dumped) != 1:
-            raise InputError(
-                f"XLA dumped {len(dumped)} modules after partitioning where one was "
-                f"expected (jax {jax.__version__}, {prod(sizes.values())} devices). Is "
-                "the program jitted with shardings over all of them?"
-            )
-        text = dumped[0].read_text()
+        text = partitioned_text(Path(folder), prod(sizes.values()))
     return EmittedProgram(
         partitioned=collectives(Module(text), sizes),
         optimized=collectives(Module(compiled.as_text()), sizes),
-        rematerialized=tuple(_REMATERIALIZED.findall("".join(messages))),
+        rematerialized=tuple(REMATERIALIZED.findall("".join(messages))),
     )
 
 
+def partitioned_text(folder: Path, num_devices: int) -> str:
+    """The one module after partitioning among those that XLA dumped.
+
+    Raises:
+        InputError: There is none, or more than one.
+    """
+    dumped = sorted(folder.glob(_PARTITIONED))
+    if len(dumped) != 1:
+        raise InputError(
+            f"XLA dumped {len(dumped)} modules after partitioning where one was "
+            f"expected (jax {jax.__version__}, {num_devices} devices). Is the program "
+            "jitted with shardings over all of them?"
+        )
+    return dumped[0].read_text()
+
+
 @contextmanager
-def _no_cache() -> Iterator[None]:
+def no_cache() -> Iterator[None]:
     """A program from the persistent cache has gone through no passes here."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)

@@ -5,8 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
+from autoshard.verify.flow import (
+    COPIES,
+    KINDS,
+    MOVES,
+    Flow,
+    adds,
+    feeder,
+    op_name_of,
+    part_of,
+    used_by,
+)
 from autoshard.verify.groups import (
     axes_of_groups,
     axes_of_pairs,
@@ -20,23 +32,8 @@ from autoshard.verify.module import (
     bytes_of,
 )
 
-KINDS = {
-    "all-reduce": "all_reduce",
-    "all-gather": "all_gather",
-    "reduce-scatter": "reduce_scatter",
-    "all-to-all": "all_to_all",
-    "ragged-all-to-all": "all_to_all",
-    "collective-permute": "permute",
-    "collective-broadcast": "broadcast",
-}
-"""Opcodes of collectives, and the kinds of `plan.schema.Collective`."""
-
-MOVES = frozenset(
-    {"bitcast", "convert", "copy", "get-tuple-element", "reshape", "transpose"}
-)
-"""Opcodes that hand an operand on without looking at its numbers."""
-
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_PADS = ("dynamic-update-slice", "pad")
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +51,17 @@ class Emitted:
         name: Of the instruction.
         element: Which of the arrays it moves; 0 if there is one.
         elements: How many arrays it moves.
+        users: The names of all ops that take its result, or a conversion of it.
         dtype: Element type that is moved, in XLA's words.
         fed_by: `(name, element)` of a collective whose result it takes as it is.
-        converted: Whether what it moves was converted to its type just before.
+        unconverted: Bytes it would move in the type that it was converted from just
+            before; 0 where it was not, -1 where that type is not seen.
+        converted: Bytes of its result in the type that all its uses convert it to; 0
+            where they do not.
+        taken_bytes: Bytes of what it takes, where its result is of another type.
         padded: Whether what it moves is a part, set into an array of zeros.
+        looped: Whether what it moves is made by a loop.
+        added: Whether what it moves is the sum of two values on each device.
         sliced: Whether a device keeps only a slice of the result.
         groups: The devices, as XLA wrote them.
         bounded: Whether the trip counts of all loops around it are known; else an
@@ -74,10 +78,15 @@ class Emitted:
     element: int = 0
     elements: int = 1
     used_by: str = ""
+    users: frozenset[str] = frozenset()
     dtype: str = ""
     fed_by: tuple[str, int] | None = None
-    converted: bool = False
+    unconverted: int = 0
+    converted: int = 0
+    taken_bytes: int = 0
     padded: bool = False
+    added: bool = False
+    looped: bool = False
     sliced: bool = False
     groups: str = ""
     bounded: bool = True
@@ -116,12 +125,37 @@ class _Reader:
     module: Module
     sizes: dict[str, int]
 
+    @cached_property
+    def flow(self) -> Flow:
+        """Where its values come from and go to."""
+        return Flow(self.module)
+
+    @cached_property
+    def started(self) -> dict[str, str]:
+        """Channels of collectives that TPUs run beside other ops, by where they start.
+
+        Their text is repeated in every fusion that runs beside them, and at the end.
+        """
+        return {
+            instruction.attribute("channel_id"): computation.name
+            for computation in self.module.computations.values()
+            if any(_STARTS in i.attributes for i in computation.instructions.values())
+            for instruction in computation.instructions.values()
+            if instruction.opcode in KINDS
+        }
+
+    def repeated(self, instruction: Instruction, computation: Computation) -> bool:
+        """Whether it only names a collective that was started elsewhere."""
+        channel = instruction.attribute("channel_id")
+        start = self.started.get(channel, computation.name) if channel else ""
+        return bool(channel) and start != computation.name
+
     def run(self, name: str) -> Iterator[Emitted]:
         """Collectives of one run of a computation and of all that it calls."""
         computation = self.module.computations[name]
         for instruction in computation.instructions.values():
             opcode = instruction.opcode.removesuffix("-start")
-            if opcode in KINDS:
+            if opcode in KINDS and not self.repeated(instruction, computation):
                 yield from self.emitted(instruction, opcode, computation)
             elif opcode == "while":
                 trips = self.module.trips(instruction, computation)
@@ -168,16 +202,17 @@ class _Reader:
             # `(operands, results, contexts)`; those of an all-reduce are its results.
             given = sum(len(arrays) for arrays in operands)
             results = results[given : 2 * given]
+        named = self.flow.named(computation, instruction, names[0])
         common = Emitted(
             kind=KINDS[opcode],
             axes=axes,
             bytes_=0,
             count=1,
-            op_name=_op_name(instruction),
-            source=self.module.source(instruction.attributes),
+            op_name=op_name_of(named),
+            source=self.module.source(named.attributes),
             name=instruction.name,
             dtype=results[0][0],
-            fed_by=_feeder(computation, names[0]),
+            fed_by=feeder(computation, names[0]),
             groups=groups,
         )
         if opcode.endswith("all-to-all"):
@@ -185,59 +220,64 @@ class _Reader:
             whole = sum(bytes_of(arrays) for arrays in operands)
             yield replace(common, bytes_=max(whole, bytes_of(results)))
             return
-        for k, (given, made) in enumerate(zip(operands, results, strict=True)):
-            own = (
-                _part(computation, instruction, k) if len(operands) > 1 else instruction
-            )
-            before = computation.instructions[names[k]].opcode
+        pieces = self.flow.pieces(computation, names[0]) if len(names) == 1 else []
+        for k, (inside, name) in enumerate(pieces):
+            piece = inside.instructions[name]
+            own = self.flow.named(inside, replace(piece, attributes=""), name)
+            makers = list(self.flow.makers(inside, name, MOVES | COPIES))
             yield replace(
                 common,
-                op_name=_op_name(own) or _of_several(common.op_name, k, len(operands)),
+                op_name=op_name_of(own),
+                source=self.module.source(own.attributes),
+                bytes_=bytes_of(piece.arrays),
+                element=k,
+                elements=len(pieces),
+                unconverted=self.flow.unconverted(inside, name, piece.arrays[0]),
+                padded=any(m.opcode in _PADS for _, m in makers),
+                looped=any(m.opcode == "while" for _, m in makers),
+                added=any(adds(at, m) for at, m in makers),
+                fed_by=feeder(inside, name),
+            )
+        if pieces:
+            return
+        for k, (given, made) in enumerate(zip(operands, results, strict=True)):
+            own = (
+                part_of(computation, instruction, k)
+                if len(operands) > 1
+                else instruction
+            )
+            several = _of_several(common.op_name, k, len(operands))
+            if not op_name_of(own) and len(operands) > 1 and several == common.op_name:
+                own = self.flow.named(computation, own, names[k])
+            makers = list(self.flow.makers(computation, names[k], MOVES | COPIES))
+            yield replace(
+                common,
+                op_name=op_name_of(own) or several,
                 source=self.module.source(own.attributes) or common.source,
-                used_by=_used_by(computation, own),
-                bytes_=max(bytes_of(given), bytes_of((made,))),
+                used_by=used_by(computation, own),
+                users=self.flow.users(computation, instruction, k, len(operands)),
+                # On TPUs a sum may convert what it takes: its result is what counts.
+                bytes_=max(bytes_of(((made[0], d[1]),)) for d in (*given, made)),
                 element=k,
                 elements=len(operands),
                 dtype=made[0],
-                fed_by=_feeder(computation, names[k]),
-                converted=before == "convert",
-                padded=before in ("dynamic-update-slice", "pad"),
-                sliced=self.sliced(computation, instruction, k, len(operands)),
+                fed_by=feeder(computation, names[k]),
+                unconverted=self.flow.unconverted(
+                    computation, names[k], max(*given, made, key=lambda a: prod(a[1]))
+                )
+                or -_of_convert(op_name_of(own) or common.op_name),
+                padded=any(m.opcode in _PADS for _, m in makers),
+                converted=self.flow.converted(computation, instruction, k, made),
+                taken_bytes=bytes_of(given) if given[0][0] != made[0] else 0,
+                looped=any(m.opcode == "while" for _, m in makers),
+                added=any(adds(inside, m) for inside, m in makers),
+                sliced=self.flow.sliced(computation, instruction, k, len(operands)),
             )
 
-    def sliced(
-        self, computation: Computation, made: Instruction, element: int, elements: int
-    ) -> bool:
-        """Whether every use of a result starts by cutting a slice out of it."""
-        pending = list(computation.users.get(made.name, ()))
-        if elements > 1:
-            pending = [u for u in pending if u.attribute("index") == str(element)]
-        seen = {made.name}
-        cut = False
-        while pending:
-            user = pending.pop()
-            if user.name in seen or user.name not in computation.live:
-                continue
-            if user.opcode == "dynamic-slice":
-                cut = True
-            elif user.opcode in MOVES or user.opcode.endswith("-done"):
-                if user.root:
-                    return False
-                seen.add(user.name)
-                pending += computation.users.get(user.name, ())
-            elif user.opcode == "fusion":
-                inside = self.module.computations[user.called[0]]
-                slots = [k for k, o in enumerate(user.operands) if o in seen]
-                if not all(_slot_sliced(inside, slot) for slot in slots):
-                    return False
-                cut = True
-            else:
-                return False
-        return cut
 
-
-def _op_name(instruction: Instruction) -> str:
-    return "".join(_OP_NAME.findall(instruction.attributes)[:1])
+def _of_convert(op_name: str) -> bool:
+    """Whether a collective has the name of a conversion, which XLA moved before it."""
+    return op_name.endswith("/convert_element_type")
 
 
 def _of_several(op_name: str, element: int, elements: int) -> str:
@@ -247,45 +287,3 @@ def _of_several(op_name: str, element: int, elements: int) -> str:
     if found and len(parts) == elements:
         return f"{found[1]}{parts[element]}"
     return op_name
-
-
-def _part(computation: Computation, made: Instruction, element: int) -> Instruction:
-    """What takes one array out of several: it carries the name of its own op."""
-    for user in computation.users.get(made.name, ()):
-        if user.attribute("index") == str(element):
-            return user
-    return replace(made, attributes="")
-
-
-def _used_by(computation: Computation, made: Instruction) -> str:
-    for _ in range(len(computation.instructions)):
-        users = computation.users.get(made.name, [])
-        if len(users) != 1 or users[0].opcode not in MOVES | {"dynamic-slice"}:
-            return _op_name(users[0]) if users else ""
-        made = users[0]
-    return ""
-
-
-def _feeder(computation: Computation, name: str) -> tuple[str, int] | None:
-    element = 0
-    while (instruction := computation.instructions.get(name)) is not None:
-        opcode = instruction.opcode.removesuffix("-start").removesuffix("-done")
-        if opcode in KINDS and not instruction.opcode.endswith("-done"):
-            return instruction.name, element
-        if instruction.opcode == "get-tuple-element":
-            element = int(instruction.attribute("index"))
-        elif opcode not in MOVES | {"dynamic-slice"} and opcode not in KINDS:
-            return None
-        name = instruction.operands[0]
-    return None
-
-
-def _slot_sliced(inside: Computation, slot: int) -> bool:
-    pending = [inside.parameters()[slot]]
-    while pending:
-        for user in inside.users.get(pending.pop().name, ()):
-            if user.opcode in MOVES:
-                pending.append(user)
-            elif user.opcode != "dynamic-slice":
-                return False
-    return True

@@ -43,8 +43,8 @@ def plan_file(tmp_path):
 
 
 COMMANDS = [
-    *("search", "explain", "compare", "run", "calibrate"),
-    *("models", "clusters", "strategies"),
+    *("search", "explain", "compare", "run", "calibrate", "validate"),
+    *("models", "clusters", "strategies", "verify"),
 ]
 
 

@@ -71,7 +71,9 @@ def test_cuts_agree_with_traced_microbatches(which, layout):
 
     a, b = sketch.price(H100, row, count * one), traced.price(H100, row, one)
     np.testing.assert_allclose(a.matmul_s, b.matmul_s)
-    np.testing.assert_allclose(a.collective_s, b.collective_s)
+    np.testing.assert_allclose(a.collective_s + a.hidden_s, b.collective_s + b.hidden_s)
+    # What shows depends on the ops beside it, `other_s` among them.
+    np.testing.assert_allclose(a.collective_s, b.collective_s, rtol=0.01)
     np.testing.assert_allclose(a.other_s, b.other_s, rtol=0.2)
     np.testing.assert_allclose(a.step_s, b.step_s, rtol=0.02)
     data = traced.state_bytes(meshes)["data"]

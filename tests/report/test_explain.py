@@ -75,7 +75,7 @@ def test_time_that_the_parts_leave_over_is_shown():
     assert [p["part"] for p in report.explain(plan())["predicted"]["time"]] == [
         "matmul",
         "memory-bound",
-        "collectives",
+        "exposed collectives",
     ]
 
 

@@ -366,7 +366,7 @@ def test_parts_set_into_zeros():
             "ROOT %c = f32[16,4]{1,0} all-reduce(%u), replica_groups={}",
         ]
     )
-    assert [(f.padded, f.converted) for f in found] == [(True, False)]
+    assert [(f.padded, f.unconverted) for f in found] == [(True, 0)]
 
 
 def test_bytes_of_element_types():

@@ -93,7 +93,7 @@ def test_steps_of_which_one_is_smaller_are_not_one_sum():
         (
             c.OTHER_DTYPE,
             [plan(bytes_=32)],
-            [emit(bytes_=64, converted=True)],
+            [emit(bytes_=64, unconverted=96)],
         ),
         (c.OTHER_AXES, [plan("all_gather")], [emit("all_gather", axes="data")]),
         (c.OTHER_BYTES, [plan("all_gather")], [emit("all_gather", bytes_=640)]),
@@ -211,3 +211,147 @@ def test_a_difference_names_both_sides():
 def test_every_name_is_listed_once():
     assert len(set(c.FORMS)) == len(c.FORMS)
     assert len(set(c.CAUSES)) == len(c.CAUSES)
+
+
+# -- what TPU and GPU passes make of a program ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "planned", "emitted"),
+    [
+        # A sum takes what was planned and makes bf16 of it.
+        (c.CONVERTS, plan(bytes_=64), emit(bytes_=32, taken_bytes=64)),
+        (
+            c.CONVERTS,
+            plan("reduce_scatter", bytes_=64),
+            emit(bytes_=32, taken_bytes=64, sliced=True),
+        ),
+        (c.SCATTERED, plan("all_reduce"), emit("reduce_scatter")),
+        (
+            c.MOVED_LOOP,
+            plan(count=4),
+            emit(bytes_=256, op="while", source="", looped=True),
+        ),
+    ],
+)
+def test_what_passes_write_otherwise(form, planned, emitted):
+    found = compare([planned], [emitted])
+    assert list(found.by_form()) == [form]
+    assert found.differences == ()
+
+
+@pytest.mark.parametrize(
+    "emitted",
+    [
+        emit("all_gather", bytes_=32, unconverted=64),
+        emit("all_gather", bytes_=128, converted=64),
+        # Far from its op, with no line left.
+        emit("all_gather", bytes_=128, converted=64, op="", source=""),
+    ],
+)
+def test_a_conversion_that_changed_its_place(emitted):
+    found = compare([plan("all_gather")], [emitted])
+    assert list(found.by_cause()) == [c.OTHER_DTYPE]
+
+
+def test_a_conversion_to_another_size_explains_nothing():
+    found = compare(
+        [plan("all_gather", source="a.py:1:1")],
+        [emit("all_gather", bytes_=128, converted=32, op="mul")],
+    )
+    assert list(found.by_cause()) == [c.UNEXPLAINED]
+
+
+def test_a_gather_takes_the_size_it_is_converted_to_before_one_by_chance():
+    # The f32 of one is as large as the bf16 of the other.
+    planned = [
+        plan("all_gather", bytes_=64, source="a.py:1:1", value="params/q"),
+        plan("all_gather", bytes_=32, source="a.py:2:1", value="params/k"),
+    ]
+    emitted = [
+        emit("all_gather", bytes_=128, converted=64, op="", source="", name="q"),
+        emit("all_gather", bytes_=64, converted=32, op="", source="", name="k"),
+    ]
+    found = compare(planned, emitted)
+    assert found.by_cause() == {c.OTHER_DTYPE: 128 + 64}
+
+
+def test_a_sum_of_padded_parts_is_left_for_the_gather():
+    planned = [plan("all_gather", op="mul"), plan("all_reduce", op="reduce_sum")]
+    emitted = [
+        emit(op="", source="", padded=True, name="a"),
+        emit(op="reduce_sum", source="", name="b", sliced=True),
+    ]
+    found = compare(planned, emitted)
+    assert found.by_form() == {c.AS_PLANNED: 64, c.PADDED_SUM: 64}
+
+
+def test_sums_at_once_where_the_plan_scatters_and_sums():
+    planned = [
+        plan("reduce_scatter", axes="tensor", bytes_=64),
+        plan("all_reduce", axes="data", bytes_=16),
+    ]
+    found = compare(planned, [emit(axes="data+tensor", sliced=True)])
+    assert list(found.by_cause()) == [c.AT_ONCE]
+
+
+def test_a_sum_scattered_over_one_axis_and_then_summed_over_the_other():
+    emitted = [
+        emit("reduce_scatter", axes="tensor", bytes_=64, name="a"),
+        emit(axes="data", bytes_=16, name="b", source="", fed_by=("a", 0)),
+    ]
+    found = compare([plan(axes="data+tensor")], emitted)
+    assert list(found.by_cause()) == [c.SCATTERED_FIRST]
+    # Nothing ties these two together.
+    apart = [emitted[0], emit(axes="data", bytes_=16, name="b", source="")]
+    assert compare([plan(axes="data+tensor")], apart).unexplained
+
+
+def test_sums_after_the_loop_that_adds_up():
+    planned = [plan(count=2, op="a"), plan(count=2, op="b", source="m.py:4:1")]
+    emitted = [
+        emit(op="while", name="a", looped=True),
+        emit(op="", source="", name="b", looped=True),
+    ]
+    found = compare(planned, emitted)
+    assert found.by_cause() == {c.SUNK: 128}
+    assert found.by_form() == {c.OTHER_LOOPS: 128}
+
+
+def test_two_sums_that_are_added_and_summed_once():
+    planned = [plan(), plan(op="scatter", source="m.py:9:1", value="y")]
+    found = compare(planned, [emit(added=True)])
+    assert list(found.by_cause()) == [c.ADDED]
+    # One sum of two values stands for two, not for three.
+    three = [*planned, plan(op="mul", source="m.py:10:1", value="z")]
+    assert len(compare(three, [emit(added=True)]).unexplained) == 1
+    assert compare(planned, [emit()]).unexplained
+
+
+def test_a_gather_of_what_was_never_cut():
+    summed = plan(op="reduce_sum")
+    gather = plan("all_gather", op="pad", value="pad in0")
+    found = compare([summed, gather], [emit(op="reduce_sum")])
+    assert list(found.by_cause()) == [c.CANCELLED]
+    # A parameter is not cut out of a sum, nor is what stands elsewhere.
+    for other in ({"value": "params/w"}, {"source": "model.py:4:1"}):
+        gather = plan("all_gather", op="pad", **{"value": "pad in0", **other})
+        assert compare([summed, gather], [emit(op="reduce_sum")]).unexplained
+
+
+def test_a_gather_that_serves_another_op_as_well():
+    planned = [
+        plan("all_gather", op="gather", bytes_=64, value="gather in0"),
+        plan("all_gather", op="dot_general", bytes_=32, value="dot in1", source=""),
+    ]
+    users = frozenset({"jit(s)/while/body/jvp()/dot_general"})
+    found = compare(planned, [emit("all_gather", op="gather", users=users)])
+    assert list(found.by_cause()) == [c.MERGED]
+    assert compare(planned, [emit("all_gather", op="gather")]).unexplained
+
+
+def test_indices_of_a_lookup_that_are_gathered_for_it():
+    gather = emit("all_gather", dtype="s32", used_by="jit(s)/jvp()/gather")
+    assert list(compare([], [gather]).by_cause()) == [c.INDICES]
+    floats = emit("all_gather", dtype="f32", used_by="jit(s)/jvp()/gather")
+    assert compare([], [floats]).unexplained
