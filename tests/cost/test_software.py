@@ -63,14 +63,6 @@ def test_a_name_stands_for_its_first_entry():
         assert entry == next(e for e in entries() if e.name == name)
 
 
-def test_one_name_means_one_way_of_working():
-    """Entries of one name differ only in what they are matched by."""
-    words = {"about", "match", "since", "until"}
-    for entry in entries():
-        other = SOFTWARE[entry.name]
-        assert entry.model_dump(exclude=words) == other.model_dump(exclude=words)
-
-
 def test_a_word_that_is_no_choice():
     with pytest.raises(ValidationError, match="fusion"):
         entries()[0].model_validate({**entries()[0].model_dump(), "fusion": "jit"})

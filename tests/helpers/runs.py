@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from autoshard.cost.constants import Constants
 from autoshard.cost.decoder import Decoder
 from autoshard.cost.run import Layout, Run, Runs
-from autoshard.cost.software import SOFTWARE
+from autoshard.cost.software import SOFTWARE, Software
 from autoshard.cost.step import predict
 from autoshard.plan.chip import Figure
-from autoshard.plan.cluster import cluster
+from autoshard.plan.cluster import Cluster, cluster
 
 LLAMA = Decoder(32, 4096, 32, 8, 128, 14336, 128256)
 LARGE = 1e60
@@ -61,7 +63,15 @@ def software(name="megatron-core", **changes):
     return SOFTWARE[name].model_copy(update=changes)
 
 
-def run(layout=None, *, decoder=LLAMA, on="h100:8", seq=4096, by="xla", **more):
+def run(
+    layout: Layout | None = None,
+    *,
+    decoder: Decoder = LLAMA,
+    on: str | Cluster = "h100:8",
+    seq: int = 4096,
+    by: str | Software = "xla",
+    **more: Any,
+):
     """A run; `on` and `by` are names or what they stand for."""
     where = cluster(on) if isinstance(on, str) else on
     what = SOFTWARE[by] if isinstance(by, str) else by

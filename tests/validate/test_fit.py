@@ -131,7 +131,7 @@ def test_one_row_that_is_wrong_moves_little(truth):
 
 def test_a_source_is_predicted_by_the_others(truth):
     """Three sources agree; what the fourth says of itself changes nothing."""
-    several = varied()
+    several = varied()[::3]
     sources = [
         row for name in ("a", "b", "c") for row in made(truth, *several, source=name)
     ]
