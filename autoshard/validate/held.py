@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from autoshard.cost.constants import Constants
-from autoshard.cost.memory import memory, too_large
+from autoshard.cost.memory import too_large
 from autoshard.cost.run import Runs
 from autoshard.cost.step import predict
 from autoshard.ir.errors import InputError
 from autoshard.validate.fit import left_out
+from autoshard.validate.memory import printed_bytes
 from autoshard.validate.metrics import Errors, Fits, Group, groups
 from autoshard.validate.rows import LeftOut, Row, read
 
@@ -28,7 +29,7 @@ class Prediction:
         row: As published.
         step_s: Predicted seconds per step.
         left_out_s: The same by constants fitted without the row's source, or None.
-        memory_bytes: Predicted peak bytes on a device.
+        memory_bytes: Predicted peak bytes on a device, as its software counts them.
         too_large: Whether it is predicted not to fit in memory.
     """
 
@@ -189,7 +190,7 @@ def validate(
     tell(f"{len(rows)} rows to predict, {len(out)} left out")
     runs = Runs.of([row.run for row in rows])
     step = predict(runs, constants).step_s
-    peak = memory(runs, constants).peak_bytes
+    peak = printed_bytes(rows, constants)
     large = too_large(runs, constants)
     without: list[float | None] = [None] * len(rows)
     if leave_one_out:
