@@ -128,9 +128,15 @@ def _blocks(plan: Plan, blocks: str | int, depth: int | None) -> tuple[int, ...]
     few = 1 if str(blocks) == "1" else 2
     if depth <= few:
         return ()
-    # A loop of one turn is none: compilers treat what is in it otherwise.
-    pair = (2, 3) if ref.scan_layers else (1, 2)
-    return (1,) if few == 1 else pair
+    if few == 1 and plan.remat != "none":
+        raise InputError(
+            f"--blocks 1 leaves no block that repeats, and the plan's remat = "
+            f"{plan.remat!r} is of repeated blocks; verify it with --blocks 2."
+        )
+    # A loop of one turn is none: compilers treat what is in it otherwise. Nor is there
+    # anything to rematerialise where nothing repeats.
+    alone = not ref.scan_layers and plan.remat == "none"
+    return (1,) if few == 1 else (1, 2) if alone else (2, 3)
 
 
 def _shallow(plan: Plan, layers: int) -> tuple[Plan, Resolved]:

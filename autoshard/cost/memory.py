@@ -119,9 +119,13 @@ def too_large(
     """
     constants = constants or Constants.shipped()
     there = np.array([r.cluster.chip.hbm_bytes.value for r in runs.runs])
-    # Fragments can be given back when memory runs out: only tensors must fit.
+    # Fragments can be given back when memory runs out: only tensors must fit. XLA is
+    # given a share of a GPU's memory when it starts, and finds the rest elsewhere.
     held = memory(runs, constants)
-    return held.allocated_bytes + held.runtime > constants["memory.usable"] * there
+    given = (runs.preallocates > 0) & ~runs.torus
+    needed = held.allocated_bytes + np.where(given, 0.0, held.runtime)
+    share = np.where(given, constants["memory.given"], constants["memory.usable"])
+    return needed > share * there
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +217,9 @@ def _moments(runs: Runs, constants: Constants, stage: _Stage) -> list[Memory]:
     # DeepSpeed and Megatron of 2022 sum gradients of float16 runs in 16 bits.
     sums = np.where(half & runs.where("name", "megatron-2021"), 2.0, sums)
     beside = np.where(runs.where("sums", "beside") & (sums == 4), 2.0, 0.0)
-    params = split(3) * stored
+    # A flat copy for ZeRO, beside the memory of what it was made of.
+    flat = np.where((runs.zero > 0) & (runs.flattens > 0), stored, 0.0)
+    params = split(3) * (stored + flat)
     gradients = trained * split(2) * (sums + beside)
     optimizer = trained * split(1) * runs.optimizer_bytes
     # At the update, 16-bit sums become float32 ones, and eager programs have
@@ -232,7 +238,7 @@ def _moments(runs: Runs, constants: Constants, stage: _Stage) -> list[Memory]:
     per_logit = np.where(
         runs.where("logits", "copied"),
         constants["memory.logits_copied"],
-        constants["memory.logits_compiled"],
+        constants["memory.logits_in_place"],
     )
     logits = np.where(stage.last, tokens * runs.vocab / runs.tensor * per_logit, 0.0)
     # Two layers gathered and one's gradients. At the loss, the head and its gradient,
@@ -240,7 +246,13 @@ def _moments(runs: Runs, constants: Constants, stage: _Stage) -> list[Memory]:
     gathered = np.where((runs.zero == 3) & (runs.shard > 1), 2.0, 0.0)
     head = np.where(stage.last, 4 * tokens * runs.embed + 2 * gathered * table, 0.0)
     slack = np.where(eager, constants["memory.slack"], 0.0)
+    # Each group of devices that communicate has buffers of its own.
+    groups = sum(
+        np.where(n > 1, 1.0, 0.0)
+        for n in (runs.data, runs.tensor, runs.context, runs.stage)
+    )
     base = constants["memory.runtime_bytes"] + runs.bucket_bytes
+    base = base + constants["memory.group_bytes"] * groups
     base = np.where(runs.torus, TPU_RUNTIME_BYTES, base)
     zero = np.zeros(len(runs))
 
@@ -290,11 +302,13 @@ def _activations(runs: Runs, tokens: Vector) -> tuple[Vector, Vector]:
     # Softmax, its mask and what is left (Korthikanti et al. 2022, section 4.1).
     scores = tokens * runs.seq * runs.heads / tensor * (2 + 3 * drops)
     scores = np.where(unfused, scores, 0.0)
+    # Megatron's attention is computed again, its result kept; policies of XLA name it.
+    compiled = runs.where("fusion", "compiler")
     all_again = runs.again_traffic >= 1.0
     kept = (
         np.where(all_again, residual, around)
         + projected * (1 - runs.again_qkv)
-        + context * (1 - runs.again_attention)
+        + context * (1 - np.where(compiled, runs.again_attention, runs.again_out))
         + wide * (1 - runs.again_up)
         + scores * (1 - runs.again_attention)
     )

@@ -228,8 +228,8 @@ class Runs:
             take(f"again_{f.name}", values)
         take("seq", [r.seq for r in runs])
         take("slices", [r.slices for r in runs])
-        stored = ("gradient_bytes", "param_bytes", "optimizer_bytes", "bucket_bytes")
-        for name in stored:
+        stored = ("gradient_bytes", "param_bytes", "optimizer_bytes")
+        for name in (*stored, "bucket_bytes", "flattens", "preallocates"):
             take(name, [getattr(r.software, name) for r in runs])
         take("chips", [r.layout.chips for r in runs])
         chips = [r.cluster.chip for r in runs]

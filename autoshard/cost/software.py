@@ -47,8 +47,12 @@ class Software(BaseModel):
         param_bytes: Of one parameter as it is stored.
         optimizer_bytes: Of Adam's state per parameter: two moments, and a float32 copy
             where parameters are stored in 16 bits.
+        flattens: Whether ZeRO copies parameters into one buffer, which leaves blocks
+            that fit nothing else.
         bucket_bytes: Of buffers in which gradients and parameters are sent.
-        logits: Whether the loss copies the logits or a compiler fuses most of it.
+        preallocates: Whether it takes a share of a GPU's memory when it starts, and
+            all tensors must fit into that.
+        logits: Whether the loss copies the logits, or works in place or in few kernels.
         counts: What the memory that it logs is of: tensors, what the allocator
             reserves, or all that is taken from the device.
         logged: The pipeline stage that it logs memory of.
@@ -81,8 +85,10 @@ class Software(BaseModel):
     sums: Literal["alone", "beside"] = "alone"
     param_bytes: Literal[2, 4] = 2
     optimizer_bytes: int = 12
+    flattens: bool = False
     bucket_bytes: int = 0
-    logits: Literal["copied", "compiled"] = "compiled"
+    preallocates: bool = False
+    logits: Literal["copied", "in place"] = "in place"
     counts: Literal["allocated", "reserved", "device"] = "reserved"
     logged: Literal["largest", "first"] = "largest"
 

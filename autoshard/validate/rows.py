@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -391,6 +391,9 @@ def _layout(record: dict[str, str], notes: str, software: Software) -> Layout:
     shares = recompute(_recomputed(record), software)
     if shares is None:
         raise LeftOutError(f"recomputation {record['recompute'][:40]!r} is not known")
+    framework = record["framework"].lower()
+    if any(entry["words"] in framework for entry in known()["offloads"]):
+        shares = replace(shares, offloaded=1.0)
     try:
         return Layout(
             data=data,

@@ -202,6 +202,18 @@ def test_auto_compiles_a_loop_and_few_blocks_whole():
     assert verifying._blocks(unrolled, "1", 32) == (1,)
 
 
+def test_what_is_rematerialised_must_repeat():
+    plan = named(False)[1]
+    strategy = plan.strategy
+    schedule = strategy.schedule.model_copy(update={"remat": "full"})
+    plan = plan.model_copy(
+        update={"strategy": strategy.model_copy(update={"schedule": schedule})}
+    )
+    assert verifying._blocks(plan, "2", 32) == (2, 3)
+    with pytest.raises(InputError, match="verify it with --blocks 2"):
+        verifying._blocks(plan, "1", 32)
+
+
 def test_a_plan_without_its_constraints_is_repaired():
     step = make_step("llama3-tiny", scan=True)
     policy = pinned("megatron-sp", microbatches=1, remat="none", data=2, tensor=4)
