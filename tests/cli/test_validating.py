@@ -9,6 +9,7 @@ from helpers.published import published, write
 from typer.testing import CliRunner
 
 from autoshard.cli.app import app
+from autoshard.report import plots
 
 
 def cli(*args):
@@ -82,6 +83,24 @@ def test_plot(folder):
     assert result.stderr.endswith(f"wrote {path}\n")
     assert path.read_bytes().startswith(b"\x89PNG")
     json.loads(result.stdout)
+
+
+def test_clean_rows_are_drawn_by_source(folder, monkeypatch):
+    rows = [published(step_time_s=7.5), published(step_time_s=9, precision="fp8")]
+    write(folder, *rows, name="other")
+    drawn = {}
+
+    def draw(path, series):
+        drawn.update(series)
+
+    monkeypatch.setattr(plots, "save_scatter", draw)
+    result = cli(folder, "--plot", "out.png", "--json")
+    assert result.exit_code == 0, result.output
+    assert [measured for measured, _ in drawn["paper"]] == [3, 4, 6, 3, 6]
+    assert [measured for measured, _ in drawn["other"]] == [7.5]
+    found = json.loads(result.stdout)["rows"]
+    pairs = {(row["measured_s"], row["predicted_s"]) for row in found}
+    assert pairs >= set(drawn["paper"] + drawn["other"])
 
 
 def test_a_plot_that_cannot_be_written(folder):

@@ -250,21 +250,23 @@ def test_a_pipeline_with_a_head_as_played(stages, virtual, head, rounds):
 
 def even_slots(layers, stages, each, head):
     """Slowest stage where the embedding and the head have a layer's place each."""
-    slots = [0.0, *[each] * layers, head]
-    size = len(slots) // stages
-    assert size * stages == len(slots)
-    return max(sum(slots[at : at + size]) for at in range(0, len(slots), size))
+    size = 1  # of a stage, the least that holds all
+    while size * stages < layers + 2:
+        size += 1
+    first, between = [0.0] + [each] * (size - 1), [each] * size
+    last = [each] * (size - 1) + [head]
+    return max(sum(first), sum(between), sum(last))
 
 
 @pytest.mark.parametrize(
-    ("layers", "stages"), [(70, 12), (10, 4), (10, 6), (22, 8), (30, 8), (126, 16)]
+    ("layers", "stages"),
+    [(70, 12), (10, 4), (22, 8), (126, 16), (11, 4), (31, 8), (32, 5)],
 )
 @pytest.mark.parametrize("head", [0.25, 1.0, 3.0])
 def test_layers_that_do_not_divide(layers, stages, head):
     layout = Layout(stage=stages)
-    found = runs(
-        layout, decoder=dataclasses.replace(LLAMA, layers=layers), on="h100:64"
-    )
+    decoder = dataclasses.replace(LLAMA, layers=layers)
+    found = runs(layout, decoder=decoder, on="h100:64")
     slowest = _stages(found, np.full(1, 2.0), np.full(1, 2.0 * head))
     assert slowest == even_slots(layers, stages, 2.0, 2.0 * head)
 
@@ -311,6 +313,16 @@ def test_zero_bubble_schedules_fill_some_of_the_bubble(schedule, stages):
     shares = [bubble_share(schedule, stages, count) for count in range(1, 80)]
     assert all(0 < share < stages - 1 for share in shares)
     assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-1p", "zb-2p"])
+@pytest.mark.parametrize("stages", [2, 4, 8, 16])
+def test_one_microbatch_has_little_to_fill_the_bubble_with(schedule, stages):
+    """It goes through all stages and back; only its weights' gradients are late."""
+    third = 1 / 3
+    busy = 3 * third
+    through = stages * third + stages * third + third
+    assert bubble_share(schedule, stages, 1) >= (through - busy) * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("stages", [2, 4, 8, 16])
