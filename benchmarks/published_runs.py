@@ -25,6 +25,7 @@ import numpy as np
 
 from autoshard.cost.constants import Constants
 from autoshard.validate import Validation, fit, read, validate
+from autoshard.validate.held import plain
 from autoshard.validate.metrics import Errors, groups
 
 SOURCES = (
@@ -57,7 +58,7 @@ def main() -> int:
         "published_runs",
         what=(__doc__ or "").strip(),
         command="python benchmarks/published_runs.py",
-        figures=figures,
+        figures=plain(figures),
         passed=passed,
         start=start,
     )

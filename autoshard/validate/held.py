@@ -112,7 +112,7 @@ class Validation:
             "doubtful": self.doubtful,
             "fits": self.fits,
         }
-        return _plain(
+        return plain(
             {
                 **{name: asdict(part) for name, part in parts.items()},
                 "sources": [asdict(part) for part in self.sources],
@@ -149,11 +149,12 @@ def _row(p: Prediction) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it: NaN, where nothing was counted, as None."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
