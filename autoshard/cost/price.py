@@ -6,7 +6,6 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -18,10 +17,16 @@ import numpy as np
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.constants import Constants
 from autoshard.cost.kernels import HBM_EFFICIENCY, busy_share, share_of_peak
+from autoshard.cost.moves import (
+    Step,
+    axes_of,
+    key_of,
+    moves_of_state,
+    steps_of,
+    unique_moves,
+)
 from autoshard.cost.overlap import prefetched, trailing
 from autoshard.cost.work import Work
-from autoshard.ir.build import is_rematted
-from autoshard.ir.mesh import AXES
 from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import OUTPUT, Dims, Exchange, Reshard, ShardedProgram
@@ -31,55 +36,6 @@ MEMORY_HEADROOM = 0.94
 and fragmentation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One collective of a reshard.
-
-    Attributes:
-        kind: As in `plan.schema.Collective`.
-        axes: Mesh axes it runs over.
-        large: Axes that shard its larger side, which the volume is counted from.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    large: frozenset[str]
-
-
-def steps_of(reshard: Reshard) -> list[Step]:
-    """The collectives that carry out a reshard, in order.
-
-    Partial sums are scattered over the axes that the target shards, then summed over
-    the others; an axis that changes dims is exchanged; one that goes is gathered.
-    """
-    source = {a: d for d, dim in enumerate(reshard.source) for a in dim}
-    target = {a: d for d, dim in enumerate(reshard.target) for a in dim}
-    steps: list[Step] = []
-    now = frozenset(source)
-    scatter = tuple(a for a in AXES if a in reshard.unreduced and a in target)
-    reduce = tuple(a for a in AXES if a in reshard.unreduced and a not in target)
-    if reshard.at_once and reduce:
-        scatter, reduce = (), tuple(a for a in AXES if a in reshard.unreduced)
-    if scatter:
-        steps.append(Step("reduce_scatter", scatter, now))
-        now |= set(scatter)
-    if reduce:
-        steps.append(Step("all_reduce", reduce, now))
-    moved = tuple(
-        a for a in AXES if a in source and target.get(a, -1) not in (-1, source[a])
-    )
-    if moved:
-        steps.append(Step("all_to_all", moved, now))
-    sliced = tuple(a for a in AXES if a in target and a not in now)
-    if sliced:
-        steps.append(Step("slice", sliced, now))
-        now |= set(sliced)
-    gathered = tuple(a for a in AXES if a in source and a not in target)
-    if gathered:
-        steps.append(Step("all_gather", gathered, now - set(gathered)))
-    return steps
-
-
 def product_dtype(program: Program, op: Op) -> str:
     """The dtype in which a matrix product is done.
 
@@ -87,20 +43,6 @@ def product_dtype(program: Program, op: Op) -> str:
     """
     dtype = jnp.result_type(*(program.values[v].dtype for v in op.inputs if v >= 0))
     return str(dtype) if jnp.issubdtype(dtype, jnp.inexact) else "float32"
-
-
-def axes_of(dims: Dims) -> frozenset[str]:
-    """All axes of a spec."""
-    return frozenset(a for dim in dims for a in dim)
-
-
-_SAME_VALUE = (
-    "link",
-    "convert_element_type",
-    "copy",
-    "transpose",
-    "autoshard_annotate",
-)
 
 
 def _product_dims(rule: Any) -> tuple[tuple[int, ...], ...] | None:
@@ -161,7 +103,7 @@ class Pricer:
         self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
         self._products = [_product_dims(rule) for rule in sharded.classes.rules]
-        self._prefetched, self._trailing = self._moves_of_state()
+        self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
 
     def price(
         self,
@@ -237,31 +179,6 @@ class Pricer:
             + prefetched(ahead, rest, c["gather.interference"])
             + trailing(after, cover, c["data.exposed"])
         )
-
-    def _moves_of_state(self) -> tuple[frozenset[int], frozenset[int]]:
-        """Moves that gather parameters, and those that sum gradients."""
-        params = {
-            value
-            for value, info in zip(
-                self.program.inputs, self.sharded.traced.inputs, strict=True
-            )
-            if info.state == "params"
-        }
-        for op in self.program.ops:
-            if op.primitive == BARRIER:  # its results are its operands
-                pairs = zip(op.inputs, op.outputs, strict=True)
-                params.update(result for v, result in pairs if v in params)
-                continue
-            single = [v for v in op.inputs if v >= 0]
-            if len(single) == 1 and single[0] in params and op.primitive in _SAME_VALUE:
-                params.update(op.outputs)
-        ahead, after = set(), set()
-        for index, move in enumerate(self.moves):
-            if move.unreduced and move.value in self.work.gradients:
-                after.add(index)
-            elif not move.unreduced and move.value in params:
-                ahead.add(index)
-        return frozenset(ahead), frozenset(after)
 
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
@@ -484,55 +401,14 @@ class Pricer:
         return np.asarray(sum(table.values())), table
 
     def _key(self, reshard: Reshard) -> tuple[Any, ...]:
-        return _key(self.sharded, reshard)
+        return key_of(self.sharded, reshard)
 
     @cached_property
     def uses(self) -> dict[tuple[Any, ...], tuple[int, int]]:
         """First and last op that uses each resharded copy."""
         found: dict[tuple[Any, ...], tuple[int, int]] = {}
         for reshard in self.sharded.reshards:
-            key = _key(self.sharded, reshard)
+            key = key_of(self.sharded, reshard)
             first, last = found.get(key, (reshard.op, reshard.op))
             found[key] = (min(first, reshard.op), max(last, reshard.op))
         return found
-
-
-def _key(sharded: ShardedProgram, reshard: Reshard) -> tuple[Any, ...]:
-    op = sharded.traced.program.ops[reshard.op] if reshard.op != OUTPUT else None
-    region = op.region if op else 0
-    # Rematerialisation keeps what the backward pass gathers apart from the forward's.
-    again = op is not None and is_rematted(op)
-    return (*_origin(sharded, reshard), reshard.unreduced, region, again)
-
-
-def _origin(sharded: ShardedProgram, reshard: Reshard) -> tuple[int, Dims, Dims]:
-    """What is moved, from and to where, seen through transposes and reversals.
-
-    A transposed weight is the weight: it is gathered once for both.
-    """
-    program = sharded.traced.program
-    value, source, target = reshard.value, reshard.source, reshard.target
-    while not reshard.unreduced:
-        producer = program.values[value].producer
-        op = program.ops[producer] if producer >= 0 else None
-        if op is None or op.primitive not in ("rev", "transpose"):
-            break
-        order = op.params.get("permutation", range(len(source)))
-        back = sorted(range(len(source)), key=lambda d: order[d])
-        was = tuple(source[d] for d in back)
-        if sharded.specs[op.inputs[0]] != was:
-            break
-        value, source = op.inputs[0], was
-        target = tuple(target[d] for d in back)
-    return value, source, target
-
-
-def unique_moves(sharded: ShardedProgram) -> Sequence[Reshard]:
-    """Reshards with each value moved once per loop body, however many ops need it.
-
-    Where parts are rematerialised, once more in the backward pass.
-    """
-    found: dict[tuple[Any, ...], Reshard] = {}
-    for reshard in sharded.reshards:
-        found.setdefault(_key(sharded, reshard), reshard)
-    return tuple(found.values())

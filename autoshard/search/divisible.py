@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoshard.cost.price import Pricer, axes_of
+from autoshard.cost.moves import axes_of
+from autoshard.cost.price import Pricer
 from autoshard.ir.mesh import AXES
 from autoshard.plan.sharded import Dims, ShardedProgram
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoshard.cost.collectives import Meshes
+from autoshard.cost.moves import Step, steps_of
 from autoshard.cost.network import LINK_EFFICIENCY
-from autoshard.cost.price import Step, steps_of
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import cluster
 from autoshard.plan.sharded import Reshard

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from autoshard.cost.price import steps_of, unique_moves
+from autoshard.cost.moves import steps_of, unique_moves
 from autoshard.ir.annotate import annotate
 from autoshard.ir.trace import trace
 from autoshard.ir.train_step import train_step

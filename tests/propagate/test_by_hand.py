@@ -25,7 +25,7 @@ from propagate.programs import (
     stacked_step,
 )
 
-from autoshard.cost.price import unique_moves
+from autoshard.cost.moves import unique_moves
 from autoshard.ir.annotate import annotate
 from autoshard.ir.train_step import train_step
 from autoshard.plan.sharded import OUTPUT

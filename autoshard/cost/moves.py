@@ -1,0 +1,145 @@
+"""Moves of values between specs: the collectives that carry them out, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autoshard.cost.work import Work
+from autoshard.ir.build import is_rematted
+from autoshard.ir.mesh import AXES
+from autoshard.ir.program import BARRIER
+from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
+
+
+def axes_of(dims: Dims) -> frozenset[str]:
+    """All axes of a spec."""
+    return frozenset(a for dim in dims for a in dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One collective of a reshard.
+
+    Attributes:
+        kind: As in `plan.schema.Collective`.
+        axes: Mesh axes it runs over.
+        large: Axes that shard its larger side, which the volume is counted from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    large: frozenset[str]
+
+
+def steps_of(reshard: Reshard) -> list[Step]:
+    """The collectives that carry out a reshard, in order.
+
+    Partial sums are scattered over the axes that the target shards, then summed over
+    the others; an axis that changes dims is exchanged; one that goes is gathered.
+    """
+    source = {a: d for d, dim in enumerate(reshard.source) for a in dim}
+    target = {a: d for d, dim in enumerate(reshard.target) for a in dim}
+    steps: list[Step] = []
+    now = frozenset(source)
+    scatter = tuple(a for a in AXES if a in reshard.unreduced and a in target)
+    reduce = tuple(a for a in AXES if a in reshard.unreduced and a not in target)
+    if reshard.at_once and reduce:
+        scatter, reduce = (), tuple(a for a in AXES if a in reshard.unreduced)
+    if scatter:
+        steps.append(Step("reduce_scatter", scatter, now))
+        now |= set(scatter)
+    if reduce:
+        steps.append(Step("all_reduce", reduce, now))
+    moved = tuple(
+        a for a in AXES if a in source and target.get(a, -1) not in (-1, source[a])
+    )
+    if moved:
+        steps.append(Step("all_to_all", moved, now))
+    sliced = tuple(a for a in AXES if a in target and a not in now)
+    if sliced:
+        steps.append(Step("slice", sliced, now))
+        now |= set(sliced)
+    gathered = tuple(a for a in AXES if a in source and a not in target)
+    if gathered:
+        steps.append(Step("all_gather", gathered, now - set(gathered)))
+    return steps
+
+
+def key_of(sharded: ShardedProgram, reshard: Reshard) -> tuple[Any, ...]:
+    """What makes two moves one: value, from and to where, and in which loop body."""
+    op = sharded.traced.program.ops[reshard.op] if reshard.op != OUTPUT else None
+    region = op.region if op else 0
+    # Rematerialisation keeps what the backward pass gathers apart from the forward's.
+    again = op is not None and is_rematted(op)
+    return (*_origin(sharded, reshard), reshard.unreduced, region, again)
+
+
+def _origin(sharded: ShardedProgram, reshard: Reshard) -> tuple[int, Dims, Dims]:
+    """What is moved, from and to where, seen through transposes and reversals.
+
+    A transposed weight is the weight: it is gathered once for both.
+    """
+    program = sharded.traced.program
+    value, source, target = reshard.value, reshard.source, reshard.target
+    while not reshard.unreduced:
+        producer = program.values[value].producer
+        op = program.ops[producer] if producer >= 0 else None
+        if op is None or op.primitive not in ("rev", "transpose"):
+            break
+        order = op.params.get("permutation", range(len(source)))
+        back = sorted(range(len(source)), key=lambda d: order[d])
+        was = tuple(source[d] for d in back)
+        if sharded.specs[op.inputs[0]] != was:
+            break
+        value, source = op.inputs[0], was
+        target = tuple(target[d] for d in back)
+    return value, source, target
+
+
+def unique_moves(sharded: ShardedProgram) -> Sequence[Reshard]:
+    """Reshards with each value moved once per loop body, however many ops need it.
+
+    Where parts are rematerialised, once more in the backward pass.
+    """
+    found: dict[tuple[Any, ...], Reshard] = {}
+    for reshard in sharded.reshards:
+        found.setdefault(key_of(sharded, reshard), reshard)
+    return tuple(found.values())
+
+
+_SAME_VALUE = (
+    "link",
+    "convert_element_type",
+    "copy",
+    "transpose",
+    "autoshard_annotate",
+)
+
+
+def moves_of_state(
+    sharded: ShardedProgram, work: Work, moves: Sequence[Reshard]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Indices of moves that gather parameters, and of those that sum gradients."""
+    program = sharded.traced.program
+    params = {
+        value
+        for value, info in zip(program.inputs, sharded.traced.inputs, strict=True)
+        if info.state == "params"
+    }
+    for op in program.ops:
+        if op.primitive == BARRIER:  # its results are its operands
+            pairs = zip(op.inputs, op.outputs, strict=True)
+            params.update(result for v, result in pairs if v in params)
+            continue
+        single = [v for v in op.inputs if v >= 0]
+        if len(single) == 1 and single[0] in params and op.primitive in _SAME_VALUE:
+            params.update(op.outputs)
+    ahead, after = set(), set()
+    for index, move in enumerate(moves):
+        if move.unreduced and move.value in work.gradients:
+            after.add(index)
+        elif not move.unreduced and move.value in params:
+            ahead.add(index)
+    return frozenset(ahead), frozenset(after)
