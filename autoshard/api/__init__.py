@@ -50,8 +50,7 @@ from autoshard.rules import register_rule
 from autoshard.rules.check import check_rule
 from autoshard.rules.registry import rules_of
 from autoshard.search import search_plans
-from autoshard.validate import Validation
-from autoshard.validate import validate as hold_against
+from autoshard.validate import Validation, validate
 
 
 @overload
@@ -179,34 +178,6 @@ def check_rules(fn: Callable[..., Any], *abstract_args: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reason for each in skipped for reason in each))
 
 
-def validate(
-    directory: str,
-    *,
-    leave_one_out: bool = False,
-    log: Callable[[str], None] | None = None,
-) -> Validation:
-    """Predicts every usable row of a directory of published training runs.
-
-    Args:
-        directory: Of CSV files with the columns of `benchmarks/published`.
-        leave_one_out: Also predict each source by constants fitted without it; takes
-            some minutes.
-        log: Told what is done.
-
-    Returns:
-        Errors of step time and memory by source and chip, ranking of plans, recognition
-        of what does not fit, and each row left out with its reason.
-
-    Raises:
-        InputError: There is no such directory, no table, or no usable row in it.
-
-    >>> validate("no such directory")
-    Traceback (most recent call last):
-    autoshard.ir.errors.InputError: no such directory is not a directory; ...
-    """
-    return hold_against(directory, leave_one_out=leave_one_out, log=log)
-
-
 def calibrate(
     output: str | Path | None = None,
     *,
@@ -296,6 +267,7 @@ __all__ = [
     "Resolved",
     "Strategy",
     "TrainStep",
+    "Validation",
     "calibrate",
     "check_rules",
     "check_writable",

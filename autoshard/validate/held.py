@@ -181,6 +181,10 @@ def validate(
 
     Raises:
         InputError: There is no such directory, no table, or no usable row in it.
+
+    >>> validate("no such directory")
+    Traceback (most recent call last):
+    autoshard.ir.errors.InputError: no such directory is not a directory; ...
     """
     tell = log or (lambda _: None)
     rows, out = read(directory)
