@@ -24,9 +24,9 @@ import _record
 import numpy as np
 
 from autoshard.cost.constants import Constants
-from autoshard.validate import Validation, fit, read, validate
-from autoshard.validate.held import plain
-from autoshard.validate.metrics import Errors, groups
+from autoshard.validation import Validation, fit, read, validate
+from autoshard.validation.held import plain
+from autoshard.validation.metrics import Errors, groups
 
 SOURCES = (
     *("bigscience", "alpa_gpt_moe", "llm_foundry", "torchtitan", "tpu_recipes"),

@@ -50,7 +50,7 @@ from autoshard.rules import register_rule
 from autoshard.rules.check import check_rule
 from autoshard.rules.registry import rules_of
 from autoshard.search import search_plans
-from autoshard.validate import Validation, validate
+from autoshard.validation import Validation, validate
 
 
 @overload

@@ -13,7 +13,7 @@ from rich.text import Text
 from autoshard.cli.output import Json, say, show, show_json
 
 if TYPE_CHECKING:
-    from autoshard.validate import Part, Validation
+    from autoshard.validation import Part, Validation
 
 
 def validate(

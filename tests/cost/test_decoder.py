@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from autoshard.cost.decoder import Decoder
 from autoshard.ir.errors import InputError
-from autoshard.validate.fields import known
+from autoshard.validation.fields import known
 
 # DeepSeek-V3's config.json: hidden 7168, 128 heads, latent ranks 1536 (queries) and 512
 # (keys and values), 128 + 64 dims of a query and key, 128 of a value.

@@ -12,7 +12,7 @@ from autoshard.cost.memory import memory, too_large
 from autoshard.cost.run import Layout, Recompute, Run, Runs
 from autoshard.cost.software import SOFTWARE
 from autoshard.plan.cluster import cluster
-from autoshard.validate.remat import recompute
+from autoshard.validation.remat import recompute
 
 # GPT-3 as in Korthikanti et al. 2022, arXiv:2205.05198, table 3.
 GPT3 = Decoder(96, 12288, 96, 96, 128, 49152, 51200, gated=False, tied=True)

@@ -9,7 +9,7 @@ import pytest
 
 from autoshard.cost.run import Recompute
 from autoshard.cost.software import SOFTWARE, named
-from autoshard.validate.remat import recompute
+from autoshard.validation.remat import recompute
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks/published"
 XLA, MEGATRON, TITAN = (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoshard.validate.metrics import GROUP_SIZE, GROUP_SPREAD, Errors, Fits, groups
+from autoshard.validation.metrics import GROUP_SIZE, GROUP_SPREAD, Errors, Fits, groups
 
 times = st.floats(0.1, 100.0)
 pairs = st.lists(st.tuples(times, times), min_size=1, max_size=30)

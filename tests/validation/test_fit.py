@@ -13,8 +13,8 @@ from helpers.runs import LLAMA, run
 from autoshard.cost.constants import Constants, table
 from autoshard.cost.run import Layout, Recompute, Runs
 from autoshard.cost.step import predict
-from autoshard.validate.fit import fit, left_out
-from autoshard.validate.rows import Row
+from autoshard.validation.fit import fit, left_out
+from autoshard.validation.rows import Row
 
 SPREAD = {c.name: c.spread for c in table()}
 
@@ -71,7 +71,7 @@ def truth():
 def test_a_fit_without_priors_finds_the_constants_that_made_the_times(
     truth, monkeypatch
 ):
-    module = importlib.import_module("autoshard.validate.fit")
+    module = importlib.import_module("autoshard.validation.fit")
     monkeypatch.setattr(module, "PRIOR_WEIGHT", 0.003)
     found, priors = fit(made(truth, *varied())), Constants.priors()
     for name in truth.values:

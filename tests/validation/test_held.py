@@ -16,7 +16,7 @@ from autoshard.cost.constants import Constants
 from autoshard.cost.run import Runs
 from autoshard.cost.step import predict
 from autoshard.ir.errors import InputError
-from autoshard.validate import read, validate
+from autoshard.validation import read, validate
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks/published"
 

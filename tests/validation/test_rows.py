@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from autoshard.cost.run import Recompute, Runs
 from autoshard.cost.step import predict
 from autoshard.ir.errors import InputError
-from autoshard.validate.rows import COLUMNS, read
+from autoshard.validation.rows import COLUMNS, read
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks/published"
 

@@ -15,10 +15,10 @@ from autoshard.cost.memory import too_large
 from autoshard.cost.run import Runs
 from autoshard.cost.step import predict
 from autoshard.ir.errors import InputError
-from autoshard.validate.fit import left_out
-from autoshard.validate.memory import printed_bytes
-from autoshard.validate.metrics import Errors, Fits, Group, groups
-from autoshard.validate.rows import LeftOut, Row, read
+from autoshard.validation.fit import left_out
+from autoshard.validation.memory import printed_bytes
+from autoshard.validation.metrics import Errors, Fits, Group, groups
+from autoshard.validation.rows import LeftOut, Row, read
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from scipy.optimize import least_squares
 from autoshard.cost.constants import Constants, table
 from autoshard.cost.run import Runs
 from autoshard.cost.step import predict
-from autoshard.validate.memory import printed_bytes
-from autoshard.validate.rows import Row
+from autoshard.validation.memory import printed_bytes
+from autoshard.validation.rows import Row
 
 SCATTER = 0.1
 """Logarithmic error that counts as one standard deviation: what remains between runs of

@@ -15,10 +15,10 @@ from autoshard.cost.memory import too_large
 from autoshard.cost.run import Layout, Recompute, Run, Runs
 from autoshard.cost.software import SOFTWARE
 from autoshard.plan.cluster import cluster
-from autoshard.validate.fit import fit_memory
-from autoshard.validate.memory import printed_bytes
-from autoshard.validate.metrics import Errors, Fits
-from autoshard.validate.rows import Row, read
+from autoshard.validation.fit import fit_memory
+from autoshard.validation.memory import printed_bytes
+from autoshard.validation.metrics import Errors, Fits
+from autoshard.validation.rows import Row, read
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks/published"
 SMALL = Decoder(16, 2048, 16, 16, 128, 8192, 128000)

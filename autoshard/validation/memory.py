@@ -9,7 +9,7 @@ import numpy as np
 from autoshard.cost.constants import Constants
 from autoshard.cost.memory import memory
 from autoshard.cost.run import Runs, Vector
-from autoshard.validate.rows import Row
+from autoshard.validation.rows import Row
 
 
 def printed_bytes(rows: Sequence[Row], constants: Constants | None = None) -> Vector:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from autoshard.validate.fit import fit, left_out
-from autoshard.validate.held import Part, Prediction, Validation, validate
-from autoshard.validate.metrics import Errors, Fits, Group
-from autoshard.validate.rows import LeftOut, Row, read
+from autoshard.validation.fit import fit, left_out
+from autoshard.validation.held import Part, Prediction, Validation, validate
+from autoshard.validation.metrics import Errors, Fits, Group
+from autoshard.validation.rows import LeftOut, Row, read
 
 __all__ = [
     "Errors",

@@ -16,7 +16,7 @@ from autoshard.cost.software import Software
 from autoshard.ir.errors import InputError
 from autoshard.plan.chip import Figure, Link, load_type
 from autoshard.plan.cluster import Cluster, cluster
-from autoshard.validate.remat import recompute
+from autoshard.validation.remat import recompute
 
 PARAMS_TOLERANCE = 0.08
 """How far the parameters of the printed sizes may be from the printed parameters: names
@@ -33,7 +33,7 @@ class LeftOutError(Exception):
 @cache
 def known() -> dict[str, Any]:
     """What rows call things; see `known.toml`."""
-    text = resources.files("autoshard.validate").joinpath("known.toml")
+    text = resources.files("autoshard.validation").joinpath("known.toml")
     return tomllib.loads(text.read_text(encoding="utf-8"))
 
 

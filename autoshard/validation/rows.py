@@ -16,7 +16,7 @@ from typing import Any
 from autoshard.cost.run import Layout, Run
 from autoshard.cost.software import named
 from autoshard.ir.errors import InputError
-from autoshard.validate.fields import (
+from autoshard.validation.fields import (
     LeftOutError,
     chip_of,
     cluster_of,
