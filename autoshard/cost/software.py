@@ -35,6 +35,7 @@ class Software(BaseModel):
             fused kernels, "none" where the host is never waited for.
         reduction: When gradients are summed over data replicas.
         tensor: Whether collectives of tensor parallelism run beside products.
+        gathers: Whether sharded parameters are gathered before they are needed.
         replays: Whether recomputation replays a whole block or what the backward pass
             needs.
         stages: Whether pipeline stages get equal numbers of layers, the embedding and
@@ -76,6 +77,7 @@ class Software(BaseModel):
         "at the end", "overlapped", "overlapped by layer", "overlapped in buckets"
     ]
     tensor: Literal["exposed", "overlapped", "compiler"] = "exposed"
+    gathers: Literal["ahead", "on demand"] = "ahead"
     replays: Literal["all", "what is needed"] = "all"
     stages: Literal["by layers", "balanced"] = "by layers"
     loss: Literal["fused", "float32", "eager"] = "fused"

@@ -164,8 +164,9 @@ def _passes(
     show = np.where(
         runs.torus,
         constants["gather.interference_tpu"],
-        # XLA of 2022 gathered before it computed.
-        np.where(runs.where("name", "alpa"), 1.0, constants["gather.interference"]),
+        np.where(
+            runs.where("gathers", "on demand"), 1.0, constants["gather.interference"]
+        ),
     )
 
     def one(
@@ -262,7 +263,8 @@ def _reduction(
     runs: Runs, constants: Constants, own: Vector, experts: Vector, back: Vector
 ) -> Vector:
     """Exposed seconds of summing gradients over replicas that hold whole parameters."""
-    replicas = runs.data * runs.context
+    # Slices of TPUs are summed over another network; see `_sharded_replicas`.
+    replicas = np.maximum(runs.data * runs.context / runs.slices, 1.0)
     alike = np.maximum(replicas / runs.expert, 1.0)
     everyone = placed(runs, replicas, runs.tensor)
     some = placed(runs, alike, runs.tensor * runs.expert)
@@ -291,18 +293,20 @@ def _reduction(
     shown = trailing(both, hidden, constants["data.exposed"])
     bucketed = trailing(both, hidden, constants["data.exposed_buckets"])
     by_layer = np.where(runs.zero > 0, both, shown)
+    torus = trailing(both, hidden, constants["gather.interference_tpu"])
     exposed = np.select(
         [
+            runs.torus,
             runs.where("reduction", "at the end"),
             runs.where("reduction", "overlapped by layer"),
             runs.where("reduction", "overlapped in buckets"),
         ],
-        [both, by_layer, bucketed],
+        [torus, both, by_layer, bucketed],
         shown,
     )
     one_by_one = runs.where("update", "broadcast") & (runs.shard > runs.node)
     sent = np.where(one_by_one, constants["data.broadcast_s"] * runs.shard, 0.0)
-    whole = (runs.zero < 3) & ~runs.torus & (replicas > 1)
+    whole = (runs.zero < 3) & (replicas > 1)
     return np.where(whole, exposed + sent, 0.0)
 
 
@@ -310,22 +314,23 @@ def _sharded_replicas(
     runs: Runs, constants: Constants, part: Layer, back: Vector
 ) -> Vector:
     """The same where parameters are sharded in groups: sums between the groups."""
-    groups = runs.data * runs.context / runs.shard
+    groups = runs.data * runs.context / runs.shard / runs.slices
+    groups = np.maximum(groups, 1.0)
     inside, outside = placed(runs, groups, runs.tensor * runs.shard)
     trained = np.where(runs.frozen > 0, 0.0, runs.layers)
     held = trained / runs.stage * part.params / runs.shard
     between = 2.0 * collective_s(
         runs, constants, "reduce_scatter", 4.0 * held, inside, outside
     )
-    shown = constants["data.exposed"] * between
-    on_gpus = (runs.zero == 3) & ~runs.torus & (groups > 1)
+    least = np.where(
+        runs.torus, constants["gather.interference_tpu"], constants["data.exposed"]
+    )
+    shown = np.where((runs.zero == 3) & (groups > 1), least * between, 0.0)
     # Slices of a TPU sum over the data-center network, 2 bytes both ways.
     rate = runs.fabric.outer_bytes_per_s * constants["network.dcn"]
     slices = 4.0 * trained * runs.layer_params / runs.shard / runs.tensor / rate
     late = np.maximum(slices - 0.5 * back, 0.0) + 0.1 * slices
-    return np.where(on_gpus, shown, 0.0) + np.where(
-        runs.torus & (runs.slices > 1), late, 0.0
-    )
+    return shown + np.where(runs.torus & (runs.slices > 1), late, 0.0)
 
 
 def _update(

@@ -488,6 +488,26 @@ def test_slices_of_a_tpu_sum_over_the_data_center():
     assert took.reduction == pytest.approx(np.maximum(sums - back / 2, 0) + sums / 10)
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_replicas_on_a_torus_sum_over_both_directions_of_a_ring(zero):
+    """Float32 gradients; sharded state gathers what it updated in 16 bits."""
+    constants = free(network__tpu=1.0, gather__interference_tpu=1.0)
+    layout = Layout(data=8, shard=8 if zero else 1, zero=zero)
+    took = step(layout, constants, on=plain("v5e:8", near=1e9)).reduction
+    each = 4 + 2 if zero else 2 * 4
+    assert took == pytest.approx(7 / 8 * each * LLAMA.params / (2 * 1e9))
+
+
+def test_groups_of_shards_on_a_torus_sum_between_them():
+    decoder = dataclasses.replace(LLAMA, vocab=1)
+    constants = free(network__tpu=1.0, gather__interference_tpu=1.0)
+    layout = Layout(data=64, shard=8, zero=3)
+    on = plain("v5e:64", near=1e9)
+    took = step(layout, constants, decoder=decoder, on=on).reduction
+    shard = 4 * 32 * LLAMA.layer_params / 8
+    assert took == pytest.approx(2 * 7 / 8 * shard / (2 * 1e9))
+
+
 def test_groups_of_shards_sum_between_them():
     """Each chip's shard of float32 gradients, by a ring over the groups."""
     decoder = dataclasses.replace(LLAMA, vocab=1)
