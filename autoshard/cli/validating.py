@@ -79,6 +79,10 @@ def _report(found: Validation) -> RenderableType:
         ranks.add_row(
             title, str(group.plans), f"{group.kendall:.2f}", _percent(group.regret)
         )
+    assumed = new_table("source", "taken from elsewhere")
+    assumed.add_column("rows", justify="right")
+    for source, what, rows in found.assumed():
+        assumed.add_row(source, what, str(rows))
     fits = found.fits
     return Lines(
         heading(
@@ -100,6 +104,8 @@ def _report(found: Validation) -> RenderableType:
             f"{fits.failed} rows failed: {_percent(fits.recall)} of them recognised; "
             f"of rows predicted not to fit {_percent(fits.precision)} did not"
         ),
+        heading("Not said by the rows"),
+        assumed,
         heading("Left out"),
         reasons,
         Text(

@@ -100,6 +100,22 @@ def chip_of(record: dict[str, str]) -> str:
     raise LeftOutError(f"chip {text[:40]!r} is not in the catalogue")
 
 
+def vocab_of(record: dict[str, str]) -> tuple[int, str]:
+    """The vocabulary, and where it is from if the row does not give it.
+
+    Raises:
+        LeftOutError: It is not given, and nothing is known of it.
+    """
+    given = count(record, "vocab", 0)
+    if given:
+        return given, ""
+    framework = record["framework"].lower()
+    for entry in known()["vocabularies"]:
+        if entry["words"] in framework:
+            return entry["vocab"], f"vocab {entry['vocab']}: {entry['source']}"
+    raise LeftOutError("not given: vocab")
+
+
 def decoder_of(record: dict[str, str], notes: str) -> Decoder:
     """The model; gates and tied embeddings are told by the printed parameters."""
     model = record.get("model", "").lower()
@@ -107,13 +123,7 @@ def decoder_of(record: dict[str, str], notes: str) -> Decoder:
     embed, heads = count(record, "d_model", 0), count(record, "n_heads", 0)
     if not (layers and embed and heads):
         raise LeftOutError("n_layers, d_model and n_heads must be positive")
-    mlp, vocab = count(record, "d_ff", 0), count(record, "vocab", 0)
-    framework = record["framework"].lower()
-    for entry in known()["vocabularies"]:
-        if not vocab and entry["words"] in framework:
-            vocab = entry["vocab"]
-    if not vocab:
-        raise LeftOutError("not given: vocab")
+    mlp, vocab = count(record, "d_ff", 0), vocab_of(record)[0]
     extra: dict[str, int] = {}
     experts = count(record, "n_experts", 0)
     for entry in known()["experts"] if experts else ():

@@ -105,6 +105,11 @@ class Validation:
         count = Counter((o.source, o.reason) for o in self.out)
         return [(s, r, n) for (s, r), n in count.most_common()]
 
+    def assumed(self) -> list[tuple[str, str, int]]:
+        """`(source, what, rows)` of what rows do not say, taken from elsewhere."""
+        count = Counter((p.row.source, p.row.assumed) for p in self.rows)
+        return [(s, a, n) for (s, a), n in count.most_common() if a]
+
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain values; NaN, where nothing was counted, as None."""
         parts = {
@@ -139,6 +144,7 @@ def _row(p: Prediction) -> dict[str, Any]:
         "chips": row.run.layout.chips,
         "software": row.run.software.name,
         "doubt": row.doubt,
+        "assumed": row.assumed,
         "measured_s": row.measured_s,
         "predicted_s": p.step_s,
         "left_out_s": p.left_out_s,

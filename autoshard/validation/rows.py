@@ -29,6 +29,7 @@ from autoshard.validation.fields import (
     number,
     seconds_of,
     slices_of,
+    vocab_of,
 )
 
 GIB = 2**30
@@ -52,6 +53,7 @@ class Row:
         clean: Whether it is of the sort that the model is fitted to: 16 bits, a quiet
             machine, not marked as suspect.
         doubt: Why it is not clean.
+        assumed: What the row does not say and was taken from elsewhere, and where.
     """
 
     source: str
@@ -64,6 +66,7 @@ class Row:
     out_of_memory: bool
     clean: bool
     doubt: str
+    assumed: str = ""
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -205,6 +208,7 @@ def _row(source: str, line: int, record: dict[str, str]) -> Row:
         out_of_memory=failed,
         clean=not doubt,
         doubt=doubt,
+        assumed=vocab_of(record)[1],
     )
 
 

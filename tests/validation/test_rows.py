@@ -554,3 +554,13 @@ def test_printed_times_and_batches_of_the_collection_are_kept():
 
 def test_nothing_is_recomputed_where_nothing_is_said(tmp_path):
     assert used(tmp_path, recompute="").run.layout.recompute == Recompute()
+
+
+def test_a_vocabulary_that_no_row_prints_is_said_to_be_assumed():
+    rows, _ = read(PUBLISHED)
+    told = {(row.source, row.assumed) for row in rows if row.assumed}
+    assert {source for source, _ in told} == {"zero_bubble"}
+    assert all("50304" in what for _, what in told)
+    own = [row for row in rows if row.source == "zero_bubble"]
+    assert {row.run.decoder.vocab for row in own} == {50304}
+    assert all(row.assumed for row in own)
