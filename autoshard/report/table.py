@@ -141,7 +141,7 @@ def time_bars(document: Document) -> RenderableType:
     _bar_row(table, "step", seconds_text(p["step_s"]), None)
     if p["hidden_s"]:
         hidden = seconds_text(p["hidden_s"])
-        _bar_row(table, "beside it: hidden collectives", hidden, None)
+        _bar_row(table, "hidden beside it", hidden, None)
     return Group(heading("Time of a step"), table)
 
 

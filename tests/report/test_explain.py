@@ -79,6 +79,18 @@ def test_time_that_the_parts_leave_over_is_shown():
     ]
 
 
+def test_hidden_collectives_are_no_part_of_the_step():
+    changed = document()
+    changed["predicted"]["hidden_s"] = 0.004
+    explained = report.explain(plan(**changed))
+    parts = explained["predicted"]["time"]
+    assert sum(p["time_s"] for p in parts) == pytest.approx(0.010)
+    shown = table.to_text(table.time_bars(explained))
+    assert "hidden beside it" in shown
+    assert "4.00 ms" in shown
+    assert "hidden" not in table.to_text(table.time_bars(report.explain(plan())))
+
+
 def test_axes_of_one_device_are_left_out():
     changed = document()
     changed["axes"] = [{"axis": "data", "size": 2}, {"axis": "tensor", "size": 1}]
