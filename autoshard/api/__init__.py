@@ -125,7 +125,7 @@ def search(
         InputError: The arguments do not fit the function or the strategy.
         RuleMissingError: A primitive of the program has no factor rule.
 
-    >>> import optax
+    >>> import jax, jax.numpy as jnp, optax
     >>> step = train_step(
     ...     lambda w, x: ((x @ w) ** 2).mean(),
     ...     optax.sgd(0.1),
@@ -167,6 +167,7 @@ def check_rules(fn: Callable[..., Any], *abstract_args: Any) -> tuple[str, ...]:
         InputError: A rule is wrong; the message says where and how.
         RuleMissingError: A primitive of the function has no factor rule.
 
+    >>> import jax, jax.numpy as jnp
     >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
     >>> check_rules(lambda w, x: jax.nn.relu(x @ w).sum(0), w, x)
     ()
@@ -214,6 +215,7 @@ def calibrate(
             be told from noise.
         OutputError: The file exists or cannot be written. Nothing was measured then.
 
+    >>> import dataclasses, jax
     >>> from autoshard.measure import QUICK
     >>> tiny = dataclasses.replace(
     ...     QUICK, min_s=1e-3, cpu_matmul_sizes=(16,), cpu_stream_bytes=4096,

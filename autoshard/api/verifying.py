@@ -57,6 +57,7 @@ def verify_plan(
             installed or does not know the topology, or `blocks` asks for a model that
             the plan does not name.
 
+    >>> import jax.numpy as jnp
     >>> import autoshard as ash
     >>> args = jnp.ones((16, 8)), jnp.ones((8, 4))
     >>> plan = ash.search(jnp.matmul, *args, cluster="cpu:1", strategy="dp")
@@ -194,6 +195,7 @@ def repair_plan(
         PlanMismatchError: As `verify_plan`.
         InputError: As `verify_plan`.
 
+    >>> import jax.numpy as jnp
     >>> import autoshard as ash
     >>> args = jnp.ones((16, 8)), jnp.ones((8, 4))
     >>> plan = ash.search(jnp.matmul, *args, cluster="cpu:1", strategy="dp")
@@ -248,6 +250,7 @@ def rank_verified(
         PlanMismatchError: As `verify_plan`.
         InputError: As `verify_plan`.
 
+    >>> import jax.numpy as jnp
     >>> import autoshard as ash
     >>> args = jnp.ones((16, 8)), jnp.ones((8, 4))
     >>> plans = ash.search(jnp.matmul, *args, cluster="cpu:1", strategy="dp", top=1)
