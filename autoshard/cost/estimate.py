@@ -7,7 +7,8 @@ from collections import defaultdict
 import numpy as np
 
 from autoshard.cost.collectives import Meshes
-from autoshard.cost.price import MEMORY_HEADROOM, Pricer, product_dtype
+from autoshard.cost.compute import product_dtype
+from autoshard.cost.price import MEMORY_HEADROOM, Pricer
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
 from autoshard.ir.program import Program
