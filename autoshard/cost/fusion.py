@@ -109,8 +109,14 @@ def _turns(op: Op) -> bool:
 def kernels(sharded: ShardedProgram) -> tuple[Kernel, ...]:
     """The kernels of a program, in the order in which they start.
 
-    >>> import autoshard as ash, jax.numpy as jnp
-    >>> from autoshard.search.search import Space
+    >>> import numpy as np
+    >>> from autoshard.ir.trace import trace
+    >>> from autoshard.plan.sharded import Layout
+    >>> from autoshard.propagate import find_classes, propagate
+    >>> traced = trace(lambda w, x: x @ w + 1, (np.ones((4, 6)), np.ones((8, 4))))
+    >>> found = kernels(propagate(traced, find_classes(traced), Layout(rules=())))
+    >>> [kernel.kind for kernel in found]
+    ['product']
     """
     fusion = _Fusion(sharded)
     return (*fusion.run(), *fusion.copies())
@@ -191,6 +197,9 @@ class _Fusion:
         host = self._host(op)
         width = max(self._width(v) for v in (*op.inputs, *op.outputs))
         costly = op.primitive in _COSTLY
+        # A literal is broadcast, which is an op of its own.
+        spread = self.rules[op.index].op_kind != "data" and min(op.inputs) < 0
+        ops = 1 + spread
         inner = [v for _, v in self._inputs(op) if host and self.home.get(v) == host[0]]
         outer = [
             self._source(v, (op.index, slot))
@@ -198,16 +207,18 @@ class _Fusion:
             if v not in inner
         ]
         if host is None:
-            recipe = _Recipe.of(outer, 1, costly, width)
+            recipe = _Recipe.of(outer, ops, costly, width)
             for result in op.outputs:
                 self.recipes[result] = recipe
                 if result in self.needed and recipe.reads:
                     self._write(result)
             return
         index, kernel = host
-        made = _Recipe.of([*outer, *(self.again[v] for v in inner)], 1, costly, width)
-        self._read(kernel, _Recipe.of(outer, 1, costly, width))
-        turned = bool(self.turned.intersection(inner)) or _turns(op)
+        parts = [*outer, *(self.again[v] for v in inner)]
+        made = _Recipe.of(parts, ops, costly, width)
+        self._read(kernel, _Recipe.of(outer, ops, costly, width))
+        # Turned twice is as it was.
+        turned = bool(self.turned.intersection(inner)) != _turns(op)
         for result in op.outputs:
             self.home[result], self.again[result] = index, made
             self.turned |= {result} if turned else set()
