@@ -198,7 +198,8 @@ class _Fusion:
         width = max(self._width(v) for v in (*op.inputs, *op.outputs))
         costly = op.primitive in _COSTLY
         # A literal is broadcast, which is an op of its own.
-        spread = self.rules[op.index].op_kind != "data" and min(op.inputs) < 0
+        literal = any(v < 0 for v in op.inputs)
+        spread = literal and self.rules[op.index].op_kind != "data"
         ops = 1 + spread
         inner = [v for _, v in self._inputs(op) if host and self.home.get(v) == host[0]]
         outer = [

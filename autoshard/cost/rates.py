@@ -72,6 +72,16 @@ class Rates:
         hbm = cluster.hbm_bytes_per_s * memory
         return cls(share, half_dim, hbm, copy_bytes_per_s=hbm)
 
+    @staticmethod
+    def counted(cluster: Cluster) -> bool:
+        """Whether it is known how a compiler counts for a cluster's chips.
+
+        >>> from autoshard.plan.cluster import cluster
+        >>> Rates.counted(cluster("v5e:2x4")), Rates.counted(cluster("h100:8"))
+        (True, False)
+        """
+        return cluster.kind == "tpu" and cluster.chip.generation in _compiler()
+
     @classmethod
     def compiler(cls, cluster: Cluster) -> Rates:
         """As the TPU compiler counts in its estimates.
@@ -83,12 +93,12 @@ class Rates:
         >>> Rates.compiler(cluster("v5e:2x4")).product_share > 0.95
         True
         """
-        found = _compiler().get(cluster.chip.generation or "")
-        if found is None:
+        if not cls.counted(cluster):
             raise InputError(
                 f"it is not known how a compiler estimates cycles of {cluster.name}; "
                 f"known: {', '.join(_compiler())}."
             )
+        found = _compiler()[cluster.chip.generation or ""]
         return cls(
             product_share=found.product_share,
             half_dim=0.0,
