@@ -9,6 +9,7 @@ import pytest
 from cost.test_price import pricer
 from propagate.programs import shape
 
+from autoshard.cost import estimate
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.rates import SCRATCH_BYTES, WINDOW_S, Rates
 from autoshard.ir.errors import InputError
@@ -92,3 +93,13 @@ def test_the_view_is_known_for_tpus_alone():
     assert Rates.compiler(V5E).window_s == WINDOW_S
     with pytest.raises(InputError, match="how a compiler estimates cycles of h100"):
         Rates.compiler(cluster("h100:8"))
+
+
+def test_an_estimate_says_what_the_compiler_counts_where_that_is_known():
+    found = pricer(lambda w, x: x @ w, [shape(64, 32), shape(128, 64)])
+    rates = Rates.compiler(V5E)
+    moved = 4 * (64 * 32 + 128 * 64 + 128 * 32) / rates.hbm_bytes_per_s
+    peak = V5E.peak_flops_per_s("float32") * rates.product_share
+    done = estimate(found, V5E, {}, 1.0)
+    assert done.counted_compute_s == pytest.approx(moved + 2 * 128 * 64 * 32 / peak)
+    assert estimate(found, cluster("h100:8"), {}, 1.0).counted_compute_s is None
