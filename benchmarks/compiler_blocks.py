@@ -230,6 +230,8 @@ def main() -> int:
     words += (
         [f"--strategy {arguments.strategy}"] if arguments.strategy != "fsdp" else []
     )
+    # A text is that of the same plan; what was read was compiled before this commit.
+    words += ["--texts DIR"] if arguments.texts else []
     _record.write(
         arguments.into,
         "compiler_blocks",
