@@ -200,7 +200,6 @@ class _Fusion:
         # A literal is broadcast, which is an op of its own.
         literal = any(v < 0 for v in op.inputs)
         spread = literal and self.rules[op.index].op_kind != "data"
-        ops = 1 + spread
         inner = [v for _, v in self._inputs(op) if host and self.home.get(v) == host[0]]
         outer = [
             self._source(v, (op.index, slot))
@@ -208,7 +207,7 @@ class _Fusion:
             if v not in inner
         ]
         if host is None:
-            recipe = _Recipe.of(outer, ops, costly, width)
+            recipe = _Recipe.of(outer, 1 + spread, costly, width)
             for result in op.outputs:
                 self.recipes[result] = recipe
                 if result in self.needed and recipe.reads:
@@ -216,8 +215,8 @@ class _Fusion:
             return
         index, kernel = host
         parts = [*outer, *(self.again[v] for v in inner)]
-        made = _Recipe.of(parts, ops, costly, width)
-        self._read(kernel, _Recipe.of(outer, ops, costly, width))
+        made = _Recipe.of(parts, 1 + spread, costly, width)
+        self._read(kernel, _Recipe.of(outer, 1 + spread, costly, width))
         # Turned twice is as it was.
         turned = bool(self.turned.intersection(inner)) != _turns(op)
         for result in op.outputs:
