@@ -18,7 +18,9 @@ EXPOSED = 1.0
 """Share of the lesser of a product's arithmetic and traffic that is added to the
 greater in the TPU compiler's estimates. A product alone hides it; one inside a program,
 whose values come from and go to stacks over layers and share the chip's own memory with
-what is fetched ahead, is estimated as if it hid nothing (gpt2-1.5b, libtpu 0.0.42)."""
+what is fetched ahead, comes closer to the sum. Chosen in view of the blocks of
+llama3-8b and gpt2-1.5b that benchmarks/compiler_blocks.py compares (libtpu 0.0.42), so
+these are no test of it."""
 SCRATCH_BYTES = 4.0
 """A float32 value per element that is written narrower or reduced: kernels of 16-bit
 elements are estimated at 8 bytes for each that is read and written, those of float32 at
