@@ -7,7 +7,9 @@ from collections import defaultdict
 import numpy as np
 
 from autoshard.cost.collectives import Meshes
-from autoshard.cost.price import MEMORY_HEADROOM, Pricer, product_dtype
+from autoshard.cost.compute import product_dtype
+from autoshard.cost.price import MEMORY_HEADROOM, Pricer
+from autoshard.cost.rates import Rates
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
 from autoshard.ir.program import Program
@@ -71,6 +73,10 @@ def estimate(
     meshes = Meshes(cluster, row)
     _, memory = pricer.memory(meshes, ones)
     step_s = float(prices.step_s[0])
+    counted_s = None
+    if Rates.counted(cluster):
+        counted = pricer.compute_s(meshes, ones, Rates.compiler(cluster))
+        counted_s = float(sum(part[0] for part in counted))
     dtype = matmul_dtype(pricer.program, pricer.sharded.classes, pricer.work)
     peak = cluster.peak_flops_per_s(dtype) * cluster.num_chips
     held = {kind: round(float(size[0])) for kind, size in memory.items()}
@@ -81,6 +87,7 @@ def estimate(
         memory_bound_s=float(prices.other_s[0]),
         collective_s=float(prices.collective_s[0]),
         hidden_s=float(prices.hidden_s[0]),
+        counted_compute_s=counted_s,
         model_flops=flops,
         mfu=flops / (step_s * peak) if step_s else 0.0,
         tokens_per_s=(

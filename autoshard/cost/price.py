@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
+from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
-from autoshard.cost.kernels import HBM_EFFICIENCY, busy_share, share_of_peak
 from autoshard.cost.moves import (
     Step,
     axes_of,
@@ -26,38 +24,14 @@ from autoshard.cost.moves import (
     unique_moves,
 )
 from autoshard.cost.overlap import prefetched, trailing
+from autoshard.cost.rates import Rates
 from autoshard.cost.work import Work
-from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.sharded import OUTPUT, Dims, Exchange, Reshard, ShardedProgram
+from autoshard.plan.sharded import OUTPUT, Exchange, Reshard, ShardedProgram
 
 MEMORY_HEADROOM = 0.94
 """Share of memory that a program may use; the rest is runtime, communication buffers
 and fragmentation."""
-
-
-def product_dtype(program: Program, op: Op) -> str:
-    """The dtype in which a matrix product is done.
-
-    Integers have no published peak of their own; they are priced as float32.
-    """
-    dtype = jnp.result_type(*(program.values[v].dtype for v in op.inputs if v >= 0))
-    return str(dtype) if jnp.issubdtype(dtype, jnp.inexact) else "float32"
-
-
-def _product_dims(rule: Any) -> tuple[tuple[int, ...], ...] | None:
-    """Factors of the dims m, k and n of a product of two operands, else None.
-
-    A factor in both operands and the result is a batch of products and no dim of one.
-    """
-    if rule.op_kind != "matmul" or len(rule.operands) != 2:
-        return None
-    left, right = ({f for d in dims for f in d} for dims in rule.operands)
-    result = {f for dims in rule.results for d in dims for f in d}
-    m = tuple(sorted((left & result) - right))
-    n = tuple(sorted((right & result) - left))
-    k = tuple(sorted((left | right) - result))
-    return tuple(dim for dim in (m, k, n) if dim) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +76,7 @@ class Pricer:
         self.moves = unique_moves(sharded)
         self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
-        self._products = [_product_dims(rule) for rule in sharded.classes.rules]
+        self.compute = Compute(sharded, work, self.local_bytes)
         self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
 
     def price(
@@ -125,7 +99,8 @@ class Pricer:
             InputError: The chip has no peak for a dtype the program multiplies in.
         """
         meshes = Meshes(cluster, sizes)
-        matmul, other = self._compute(meshes, microbatches)
+        rates = Rates.of(cluster, self.constants)
+        matmul, other = self.compute_s(meshes, microbatches, rates)
         ahead, after, between = (np.zeros(len(meshes)) for _ in range(3))
         for index in range(len(self.moves)):
             where = (
@@ -205,92 +180,24 @@ class Pricer:
 
     # -- time --------------------------------------------------------------------
 
-    def _compute(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector]:
-        cluster, work, c = meshes.cluster, self.work, self.constants
-        chip = cluster.chip
-        share = chip.hbm_efficiency.value if chip.hbm_efficiency else HBM_EFFICIENCY
-        rate = cluster.hbm_bytes_per_s * share
-        share = share_of_peak(chip.generation or "other", cluster.kind, c)
-        half_dim = c["matmul.half_dim"]
-        if chip.matmul_efficiency:  # measured on average shapes
-            share, half_dim = chip.matmul_efficiency.value, 0.0
+    def compute_s(
+        self, meshes: Meshes, cuts: Vector, rates: Rates
+    ) -> tuple[Vector, Vector]:
+        """Seconds in products, and in all else that a chip computes, at some rates."""
         matmul, other = np.zeros(len(meshes)), np.zeros(len(meshes))
-        for op, rule, axes in zip(
-            self.program.ops,
-            self.sharded.classes.rules,
-            self.sharded.factor_axes,
-            strict=True,
-        ):
-            if rule.op_kind in ("link", "data", "collective") or (
-                op.primitive == BARRIER
-            ):
-                continue
-            repeats = work.runs[op.index] * (1.0 if work.update[op.index] else cuts)
-            moved = self._op_bytes(op, rule, axes, meshes, cuts)
-            traffic = moved / rate
-            if rule.op_kind == "matmul" or (
-                rule.op_kind == "foreign" and rule.flops_per_point
-            ):
-                split = meshes.product(axes_of(axes))
-                flops = work.flops[op.index] / split
-                if work.batched_op[op.index]:
-                    flops = flops / cuts
-                dtype = product_dtype(self.program, op)
-                peak = cluster.peak_flops_per_s(dtype)
-                reached = peak * share
-                smallest = self._smallest_dim(op, rule, axes, meshes, cuts)
-                if smallest is not None:
-                    reached = reached * busy_share(smallest, peak, half_dim)
-                matmul += repeats * np.maximum(flops / reached, traffic)
+        for time in self.compute.times(meshes, cuts, rates):
+            if time.kernel.kind == "product":
+                matmul += time.total_s
             else:
-                other += repeats * traffic
+                other += time.total_s
         # Microbatches: read the sum, read the new gradient, write the sum.
         for value in self._gradient_leaves():
             size = self.local_bytes(
                 value, axes_of(self.sharded.specs[value]), meshes, np.ones(1)
             )
-            other += np.where(cuts > 1, cuts * 3 * size / rate, 0.0)
+            moved = 3 * size / rates.hbm_bytes_per_s
+            other += np.where(cuts > 1, cuts * moved, 0.0)
         return matmul, other
-
-    def _smallest_dim(
-        self, op: Op, rule: Any, axes: Dims, meshes: Meshes, cuts: Vector
-    ) -> Vector | None:
-        """Smallest of the dims m, k and n of a product on one device."""
-        dims = self._products[op.index]
-        if dims is None:
-            return None
-        found: Vector | None = None
-        batched = self.work.batched_op[op.index]
-        batch = {c for c, n in self.sharded.classes.names.items() if "batch" in n}
-        of_factor = self.sharded.classes.of_factor[op.index]
-        for factors in dims:
-            size = np.full(len(meshes), float(prod(rule.sizes[f] for f in factors)))
-            size = size / meshes.product(axes_of(tuple(axes[f] for f in factors)))
-            if batched and any(of_factor[f] in batch for f in factors):
-                size = size / cuts
-            found = size if found is None else np.minimum(found, size)
-        return found
-
-    def _op_bytes(
-        self, op: Any, rule: Any, axes: Dims, meshes: Meshes, cuts: Vector
-    ) -> Vector | float:
-        """HBM traffic of one run: what is read from and written to memory."""
-        total: Vector | float = 0.0
-        if rule.op_kind in ("gather", "scatter"):
-            # Only the rows touched move, not the table.
-            touched = op.outputs[0] if rule.op_kind == "gather" else op.inputs[2]
-            held = axes_of(self.sharded.specs[touched])
-            return 2 * self.local_bytes(touched, held, meshes, cuts)
-        slots = (
-            *zip(op.inputs, rule.operands, strict=True),
-            *zip(op.outputs, rule.results, strict=True),
-        )
-        for value, dims in slots:
-            if value < 0 or not self.work.materialised[value]:
-                continue
-            held = axes_of(tuple(axes[d[0]] if d else () for d in dims))
-            total = total + self.local_bytes(value, held, meshes, cuts)
-        return total
 
     def _gradient_leaves(self) -> list[int]:
         return [

@@ -52,6 +52,9 @@ class Estimate(Record):
         memory_bound_s: In everything else a chip computes.
         collective_s: In collectives, as far as computation does not hide them.
         hidden_s: In collectives beside computation; no part of `step_s`.
+        counted_compute_s: In all that is not a collective, at the rates by which the
+            chip's own compiler estimates it; no part of `step_s`, None where these are
+            not known.
         model_flops: FLOPs of forward and backward, recomputation not counted.
         mfu: `model_flops / (step_s * chips * peak)`.
         tokens_per_s: Batch positions per second, when the batch holds token ids.
@@ -64,6 +67,7 @@ class Estimate(Record):
     memory_bound_s: float
     collective_s: float
     hidden_s: float = 0.0
+    counted_compute_s: float | None = None
     model_flops: float
     mfu: float
     tokens_per_s: float

@@ -51,14 +51,27 @@ def tpu_time(module: Module, clock_hz: float) -> CompilerTime:
     """
     cycles, unknown = 0, 0
     for instruction, runs in _runs(module, module.entry, 1):
-        found = _CYCLES.search(instruction.attributes)
         if _is_collective(instruction):
             continue
-        if found is not None and int(found[1]) < _UNKNOWN_CYCLES:
-            cycles += int(found[1]) * runs
+        found = cycles_of(instruction)
+        if found is not None:
+            cycles += found * runs
         elif instruction.opcode in _COSTLY and "Collective" not in instruction.name:
             unknown += _is_work(instruction)
     return CompilerTime(cycles / clock_hz, None, unknown)
+
+
+def cycles_of(instruction: Instruction) -> int | None:
+    """Cycles that the TPU compiler notes on one op; None for none and for collectives.
+
+    >>> note = 'backend_config={"estimated_cycles":"3000"}'
+    >>> cycles_of(Instruction("n", (("f32", (8,)),), "negate", ("p",), note, True))
+    3000
+    """
+    found = _CYCLES.search(instruction.attributes)
+    if found is None or _is_collective(instruction):
+        return None
+    return int(found[1]) if int(found[1]) < _UNKNOWN_CYCLES else None
 
 
 def gpu_time(module: Module) -> CompilerTime:

@@ -134,6 +134,18 @@ def test_figures_of_many_blocks_from_those_of_two():
     assert found.planned_memory_bytes == plan.predicted.memory.total
 
 
+def test_compute_is_planned_at_the_rates_of_the_compiler_where_these_are_known():
+    plan = plan_of("dp", data=8)
+    one = verification([], [])
+    predicted = plan.predicted
+    assert predicted.counted_compute_s is None  # of a host
+    found = beyond(plan, one, one, (1, 2, 4))
+    assert found.planned_compute_s == predicted.matmul_s + predicted.memory_bound_s
+    counted = predicted.model_copy(update={"counted_compute_s": 0.25})
+    plan = plan.model_copy(update={"predicted": counted})
+    assert beyond(plan, one, one, (1, 2, 4)).planned_compute_s == 0.25
+
+
 def plan_of(strategy, **mesh):
     policy = pinned(strategy, microbatches=1, remat="none", **mesh)
     step = make_step("llama3-tiny", scan=False)

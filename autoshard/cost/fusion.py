@@ -1,0 +1,399 @@
+"""Which ops of a program become one kernel, and what each kernel reads and writes.
+
+A fusing compiler makes values that are cheap to make again wherever they are needed, so
+what goes through memory is not what ops read and write but what kernels do. The rules
+are those by which XLA fuses, as its compiled programs show them:
+
+- a product takes cheap point-by-point ops before it into its kernel, those of its shape
+  after it, and reductions of these;
+- another reduction is a kernel that makes what it reduces as it goes;
+- what must exist (results, what a loop keeps or carries, what a collective moves, the
+  operands of lookups) is written by a kernel, one for several that read the same and
+  have the same shape;
+- nothing else is written.
+
+The TPU compiler keeps the result of a product as the product makes it. Where that lies
+transposed to the state it updates, the update follows the gradient, and state is copied
+to that layout and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from autoshard.ir.program import BARRIER, LINK, Op
+from autoshard.ir.train_step import UPDATE_SCOPE
+from autoshard.plan.sharded import ShardedProgram
+
+_POINTWISE = ("elementwise", "data", "move")
+_SAME = ("autoshard_annotate", "stop_gradient", "copy", BARRIER)
+"""Their results are their operands."""
+_COSTLY = frozenset(
+    (
+        *("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc"),
+        *("pow", "sin", "cos", "tan", "cbrt"),
+    )
+)
+"""Ops that take many passes of the vector unit, which no kernel repeats for another
+(as in XLA's `InstructionFusion::IsExpensive`)."""
+
+Place = tuple[int, int]
+"""An operand: op and slot."""
+
+
+@dataclass(slots=True)
+class Kernel:
+    """Ops that run as one pass over memory.
+
+    Attributes:
+        op: The product or lookup, or the op whose result was the first to be written;
+            the kernel runs as often as it does.
+        space: The value whose shape the kernel runs over.
+        kind: "product", "reduce", "apart" for a lookup or a foreign call, "copy" from
+            one layout to another, else "loop".
+        reads: Values that are read, each with the operand that it is first read for.
+        writes: Values that are written.
+        ops: How many ops it is of.
+        reduces: Whether it reduces what it makes.
+        wide_bytes: Of the widest element it computes with.
+    """
+
+    op: int
+    space: int
+    kind: str
+    reads: dict[int, Place] = field(default_factory=dict)
+    writes: list[int] = field(default_factory=list)
+    ops: int = 1
+    reduces: bool = False
+    wide_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How to make a value from values in memory.
+
+    Attributes:
+        reads: The values in memory.
+        ops: How many ops it takes.
+        costly: Whether one of them is not to be repeated.
+        wide_bytes: Of the widest element on the way.
+    """
+
+    reads: dict[int, Place] = field(default_factory=dict)
+    ops: int = 0
+    costly: bool = False
+    wide_bytes: int = 0
+
+    @staticmethod
+    def of(parts: Iterable[_Recipe], ops: int, costly: bool, wide: int) -> _Recipe:
+        parts = tuple(parts)
+        reads: dict[int, Place] = {}
+        for part in parts:
+            for v, place in part.reads.items():
+                reads.setdefault(v, place)
+        return _Recipe(
+            reads,
+            ops + sum(part.ops for part in parts),
+            costly or any(part.costly for part in parts),
+            max([wide, *(part.wide_bytes for part in parts)]),
+        )
+
+
+def _turns(op: Op) -> bool:
+    """Whether an op moves the last dim elsewhere."""
+    order = op.params.get("permutation", ())
+    return op.primitive == "transpose" and order[-1] != len(order) - 1
+
+
+def kernels(sharded: ShardedProgram) -> tuple[Kernel, ...]:
+    """The kernels of a program, in the order in which they start.
+
+    >>> import numpy as np
+    >>> from autoshard.ir.trace import trace
+    >>> from autoshard.plan.sharded import Layout
+    >>> from autoshard.propagate import find_classes, propagate
+    >>> traced = trace(lambda w, x: x @ w + 1, (np.ones((4, 6)), np.ones((8, 4))))
+    >>> found = kernels(propagate(traced, find_classes(traced), Layout(rules=())))
+    >>> [kernel.kind for kernel in found]
+    ['product']
+    """
+    fusion = _Fusion(sharded)
+    return (*fusion.run(), *fusion.copies())
+
+
+class _Fusion:
+    """One walk over a program."""
+
+    def __init__(self, sharded: ShardedProgram) -> None:
+        self.program = sharded.traced.program
+        self.rules = sharded.classes.rules
+        self.found: list[Kernel] = []
+        self.recipes: dict[int, _Recipe] = {}
+        # Kernel that has a value at hand, and how to make it from what that writes.
+        self.home: dict[int, int] = {}
+        self.again: dict[int, _Recipe] = {}
+        self.reduced: set[int] = set()  # not at hand for a product's own kernel
+        self.ended: set[int] = set()  # at hand only when the kernel has ended
+        self.turned: set[int] = set()  # made by a product, with other minor dims
+        self.closed: set[int] = set()  # to be joined by nothing that comes later
+        self.after: list[int] = []  # per kernel, the last one that it waits for
+        self.same: dict[int, int] = {}
+        self.needed = self._needed(sharded)
+
+    def _needed(self, sharded: ShardedProgram) -> set[int]:
+        """Values that must exist in memory."""
+        values = self.program.values
+        found = {v for v in self.program.outputs if v >= 0}
+        found |= {reshard.value for reshard in sharded.reshards}
+        for op in reversed(self.program.ops):
+            if op.primitive in _SAME:
+                for v, result in zip(op.inputs, op.outputs, strict=True):
+                    found |= {v} if result in found else set()
+            for v in op.inputs:
+                linked = op.primitive == LINK and op.params["kind"] != "slice"
+                if v >= 0 and (linked or values[v].region != op.region):
+                    found.add(v)
+        return found
+
+    def run(self) -> list[Kernel]:
+        for op, rule in zip(self.program.ops, self.rules, strict=True):
+            kind = rule.op_kind
+            if op.primitive in _SAME:
+                for v, result in zip(op.inputs, op.outputs, strict=True):
+                    self.same[result] = self.same.get(v, v)
+            elif kind in ("link", "collective"):
+                continue
+            elif kind in _POINTWISE:
+                self._pointwise(op)
+            elif kind == "reduce":
+                self._reduce(op)
+            elif kind == "matmul" or rule.flops_per_point:
+                self._product(op)
+            else:
+                self._apart(op)
+        return self.found
+
+    def copies(self) -> list[Kernel]:
+        """Copies of arguments and results to another layout, on TPUs."""
+        program, found = self.program, []
+        arguments, results = set(program.inputs), set(program.outputs)
+        for kernel in [k for k in self.found if k.kind == "loop"]:
+            if not self.turned.intersection(kernel.reads):
+                continue
+            size = self._numel(kernel.space)
+            moved = [v for v in kernel.reads if v in arguments]
+            moved += [v for v in kernel.writes if v in results]
+            for v in moved:
+                if self._numel(v) == size:
+                    place = kernel.reads.get(v, (-1, 0))
+                    copy = Kernel(kernel.op, v, "copy", {v: place}, [v])
+                    found.append(copy)
+        return found
+
+    # -- kinds of ops ------------------------------------------------------------
+
+    def _pointwise(self, op: Op) -> None:
+        host = self._host(op)
+        width = max(self._width(v) for v in (*op.inputs, *op.outputs))
+        costly = op.primitive in _COSTLY
+        # A literal is broadcast, which is an op of its own.
+        literal = any(v < 0 for v in op.inputs)
+        spread = literal and self.rules[op.index].op_kind != "data"
+        inner = [v for _, v in self._inputs(op) if host and self.home.get(v) == host[0]]
+        outer = [
+            self._source(v, (op.index, slot))
+            for slot, v in self._inputs(op)
+            if v not in inner
+        ]
+        if host is None:
+            recipe = _Recipe.of(outer, 1 + spread, costly, width)
+            for result in op.outputs:
+                self.recipes[result] = recipe
+                if result in self.needed and recipe.reads:
+                    self._write(result)
+            return
+        index, kernel = host
+        parts = [*outer, *(self.again[v] for v in inner)]
+        made = _Recipe.of(parts, 1 + spread, costly, width)
+        self._read(kernel, _Recipe.of(outer, 1 + spread, costly, width))
+        # Turned twice is as it was.
+        turned = bool(self.turned.intersection(inner)) != _turns(op)
+        for result in op.outputs:
+            self.home[result], self.again[result] = index, made
+            self.turned |= {result} if turned else set()
+            if result in self.needed:
+                kernel.writes.append(result)
+
+    def _reduce(self, op: Op) -> None:
+        host = self._host(op)
+        if host is not None:
+            index, kernel = host
+        else:
+            parts = [self._source(v, (op.index, slot)) for slot, v in self._inputs(op)]
+            width = max(self._width(v) for v in op.inputs)
+            recipe = _Recipe.of(parts, 1, costly=False, wide=width)
+            if not recipe.reads:  # of constants
+                self.recipes.update(dict.fromkeys(op.outputs, recipe))
+                return
+            # Sums of a whole array are taken by loops that read it anyway.
+            whole = all(self._numel(v) == 1 for v in op.outputs)
+            kind = "loop" if whole else "reduce"
+            index, kernel = self._beside(kind, op, op.inputs[0], recipe)
+        kernel.reduces = True
+        for result in op.outputs:
+            self.home[result] = index
+            self.reduced.add(result)
+            self.ended.add(result)
+            kernel.writes.append(result)
+
+    def _product(self, op: Op) -> None:
+        kernel = Kernel(op.index, op.outputs[0], "product")
+        for slot, v in self._inputs(op):
+            if v in self.recipes and self.recipes[v].costly:
+                self._write(v)
+            self._read(kernel, self._source(v, (op.index, slot)))
+        self._add(kernel)
+        for result in op.outputs:
+            self.home[result] = len(self.found) - 1
+            self.again[result] = _Recipe({result: (-1, 0)})
+            if result in self.needed:
+                kernel.writes.append(result)
+
+    def _apart(self, op: Op) -> None:
+        kernel = Kernel(op.index, op.outputs[0], "apart")
+        for slot, v in self._inputs(op):
+            if v in self.recipes:
+                self._write(v)
+            self._read(kernel, self._source(v, (op.index, slot)))
+        self._add(kernel)
+        for result in op.outputs:
+            self.home[result] = len(self.found) - 1
+            self.reduced.add(result)
+            kernel.writes.append(result)
+
+    # -- kernels -----------------------------------------------------------------
+
+    def _host(self, op: Op) -> tuple[int, Kernel] | None:
+        """The product in whose kernel an op can run, if any."""
+        inputs = [v for _, v in self._inputs(op)]
+        homes = [self.home[v] for v in inputs if v in self.home]
+        index = max((h for h in homes if self.found[h].kind == "product"), default=-1)
+        if index < 0 or self._group(self.found[index].op) != self._group(op.index):
+            return None
+        kernel = self.found[index]
+        reduces = self.rules[op.index].op_kind == "reduce"
+        shaped = op.inputs[:1] if reduces else op.outputs
+        if {self._numel(v) for v in shaped} != {self._numel(kernel.space)}:
+            return None
+        others = set()
+        for v in inputs:
+            if self.home.get(v) == index and v in self.reduced:
+                return None
+            reads = self.recipes[v].reads if v in self.recipes else (v,)
+            others |= {self.home[r] for r in reads if r in self.home} - {
+                index if v not in self.recipes else -1
+            }
+        # What waits for this kernel comes too late for it.
+        late = {other for other in others if other >= index}
+        if any(other == index or self.after[other] >= index for other in late):
+            return None
+        self.closed |= late
+        self.after[index] = max([self.after[index], *late])
+        return index, kernel
+
+    def _write(self, v: int) -> None:
+        """Gives a value that has a recipe a kernel that writes it."""
+        op = self.program.ops[self.program.values[v].producer]
+        recipe = self.recipes.pop(v)
+        index, kernel = self._beside("loop", op, v, recipe)
+        self.home[v] = index
+        self.reduced.add(v)
+        kernel.writes.append(v)
+
+    def _beside(
+        self, kind: str, op: Op, space: int, recipe: _Recipe
+    ) -> tuple[int, Kernel]:
+        """A kernel for a recipe: one of its shape that reads the same, or a new one."""
+        latest = max((self._when(v) for v in recipe.reads), default=-1)
+        for index in range(len(self.found) - 1, max(latest - 1, -1), -1):
+            kernel = self.found[index]
+            shared = recipe.reads.keys() & {*kernel.reads, *kernel.writes}
+            waits = any(
+                self.home.get(v) == index and (v in self.ended or kind == "reduce")
+                for v in recipe.reads
+            )
+            if (
+                kernel.kind != kind
+                or waits
+                or index in self.closed
+                or self._group(kernel.op) != self._group(op.index)
+                or self._numel(kernel.space) != self._numel(space)
+                or all(self._numel(v) == 1 for v in shared)
+            ):
+                continue
+            kernel.ops += recipe.ops
+            self._read(kernel, recipe)
+            self.after[index] = max(self.after[index], min(latest, index - 1))
+            return index, kernel
+        kernel = Kernel(op.index, space, kind, ops=recipe.ops)
+        self._read(kernel, recipe)
+        self._add(kernel)
+        return len(self.found) - 1, kernel
+
+    def _when(self, v: int) -> int:
+        """The last kernel that must have run before another may read a value."""
+        index = self.home.get(v, -1)
+        if index < 0 or self._numel(self.found[index].space) > 1:
+            return index
+        return self.after[index]  # a scalar's kernel can run as early as it may
+
+    def _add(self, kernel: Kernel) -> None:
+        self.after.append(max((self._when(v) for v in kernel.reads), default=-1))
+        self.found.append(kernel)
+
+    def _read(self, kernel: Kernel, recipe: _Recipe) -> None:
+        for v, place in recipe.reads.items():
+            if v not in kernel.writes:
+                kernel.reads.setdefault(v, place)
+        kernel.wide_bytes = max(kernel.wide_bytes, recipe.wide_bytes)
+
+    def _source(self, v: int, place: Place) -> _Recipe:
+        """How another kernel comes by a value: read, or made again."""
+        if v in self.recipes:
+            return self.recipes[v]
+        if v not in self.home:
+            return _Recipe({v: place})
+        writes = self.found[self.home[v]].writes
+        if v not in writes:
+            again = self.again[v]
+            (raw,) = [r for r, p in again.reads.items() if p[0] < 0] or [v]
+            if raw != v and not again.costly and self._bytes(raw) < self._bytes(v):
+                if raw not in writes:
+                    writes.append(raw)
+                reads = {r: p if p[0] >= 0 else place for r, p in again.reads.items()}
+                return _Recipe(reads, again.ops, False, again.wide_bytes)
+            writes.append(v)
+        return _Recipe({v: place})
+
+    # -- values ------------------------------------------------------------------
+
+    def _inputs(self, op: Op) -> list[tuple[int, int]]:
+        """`(slot, value)` of operands that are no literals, seen through copies."""
+        pairs = enumerate(op.inputs)
+        return [(s, self.same.get(v, v)) for s, v in pairs if v >= 0]
+
+    def _group(self, op: int) -> tuple[int, bool]:
+        """Where an op runs: loop body, and forward and backward pass or update."""
+        found = self.program.ops[op]
+        return found.region, UPDATE_SCOPE in found.scope
+
+    def _numel(self, v: int) -> int:
+        value = self.program.values[v]
+        return value.bytes_ // max(1, self._width(v))
+
+    def _bytes(self, v: int) -> int:
+        return self.program.values[v].bytes_
+
+    def _width(self, v: int) -> int:
+        return self.program.values[v].dtype.itemsize if v >= 0 else 0
