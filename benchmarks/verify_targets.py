@@ -132,6 +132,7 @@ def figures(found: Any) -> dict[str, Any]:
         "planned_memory_bytes": found.planned_memory_bytes,
         "compiled_memory_bytes": memory.peak_bytes if memory else None,
         "planned_compute_s": found.planned_compute_s,
+        "counted_compute_s": found.counted_compute_s,
         "compiler_compute_s": clock.compute_s if clock else None,
         "planned_collective_s": found.planned_collective_s,
         "compiler_collective_s": clock.collective_s if clock else None,

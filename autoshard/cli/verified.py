@@ -54,6 +54,7 @@ def as_dict(found: Verification) -> dict[str, Any]:
         },
         "time": {
             "planned_compute_s": found.planned_compute_s,
+            "counted_compute_s": found.counted_compute_s,
             "planned_collective_s": found.planned_collective_s,
             "compiler_compute_s": time.compute_s if time else None,
             "compiler_collective_s": time.collective_s if time else None,
@@ -158,7 +159,12 @@ def _summary(found: Verification) -> Table:
     )
     add("verdict", "fits" if planned else "does not fit", verdict, "")
     compute = time.compute_s if time else None
-    add("time of compute", *_pair(found.planned_compute_s, compute, seconds_text))
+    if found.counted_compute_s is None:
+        add("time of compute", *_pair(found.planned_compute_s, compute, seconds_text))
+    else:
+        add("time of compute", seconds_text(found.planned_compute_s), "", "")
+        counted = _pair(found.counted_compute_s, compute, seconds_text)
+        add("- at the rates that the compiler counts with", *counted)
     moved = time.collective_s if time else None
     add("time of collectives", *_pair(found.planned_collective_s, moved, seconds_text))
     if time is not None and time.unknown:

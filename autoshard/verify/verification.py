@@ -66,8 +66,9 @@ class Verification:
         capacity_bytes: Memory of one device; None where the target says none.
         compiled: What the compiler allocates; None where it refused.
         refused: Why it refused, for want of memory.
-        planned_compute_s: Time of all that is not a collective, as planned: at the
-            rates by which the compiler estimates, where these are known.
+        planned_compute_s: Time of all that is not a collective, as planned.
+        counted_compute_s: The same kernels at the rates by which the compiler counts
+            in its estimates; None where these are not known.
         planned_collective_s: Time of collectives, as planned.
         time: The compiler's own estimate, where it makes one.
         comparison: Collectives against those of the program that runs; None where the
@@ -88,6 +89,7 @@ class Verification:
     compiled: CompiledMemory | None
     refused: OutOfMemory | None
     planned_compute_s: float
+    counted_compute_s: float | None
     planned_collective_s: float
     time: CompilerTime | None
     comparison: Comparison | None
@@ -179,14 +181,6 @@ def _time(module: Module, target: Target) -> CompilerTime | None:
     return gpu_time(module) if target.estimates else None
 
 
-def _compute_s(plan: Plan) -> float:
-    """Planned time of what is compared with the compiler's estimate."""
-    predicted = plan.predicted
-    if predicted.counted_compute_s is not None:
-        return predicted.counted_compute_s
-    return predicted.matmul_s + predicted.memory_bound_s
-
-
 def _verification(
     plan: Plan,
     target: Target,
@@ -202,7 +196,8 @@ def _verification(
         capacity_bytes=target.cluster.hbm_bytes if target.cluster else None,
         compiled=compiled.memory,
         refused=compiled.refused,
-        planned_compute_s=_compute_s(plan),
+        planned_compute_s=predicted.matmul_s + predicted.memory_bound_s,
+        counted_compute_s=predicted.counted_compute_s,
         planned_collective_s=predicted.collective_s,
         time=time,
         comparison=comparison,
@@ -340,7 +335,8 @@ def beyond(
     return replace(
         two,
         planned_memory_bytes=predicted.memory.total,
-        planned_compute_s=_compute_s(plan),
+        planned_compute_s=predicted.matmul_s + predicted.memory_bound_s,
+        counted_compute_s=predicted.counted_compute_s,
         planned_collective_s=predicted.collective_s,
         compiled=memory,
         refused=two.refused,

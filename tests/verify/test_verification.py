@@ -47,6 +47,7 @@ def verification(plans, found, **changes):
         compiled=CompiledMemory(500, 400, 300, 200),
         refused=None,
         planned_compute_s=1.0,
+        counted_compute_s=None,
         planned_collective_s=0.5,
         time=CompilerTime(2.0, None, 0),
         comparison=comparison,
@@ -134,16 +135,19 @@ def test_figures_of_many_blocks_from_those_of_two():
     assert found.planned_memory_bytes == plan.predicted.memory.total
 
 
-def test_compute_is_planned_at_the_rates_of_the_compiler_where_these_are_known():
+def test_compute_at_the_rates_of_the_compiler_is_beside_that_of_the_chip():
     plan = plan_of("dp", data=8)
     one = verification([], [])
     predicted = plan.predicted
     assert predicted.counted_compute_s is None  # of a host
     found = beyond(plan, one, one, (1, 2, 4))
     assert found.planned_compute_s == predicted.matmul_s + predicted.memory_bound_s
+    assert found.counted_compute_s is None
     counted = predicted.model_copy(update={"counted_compute_s": 0.25})
     plan = plan.model_copy(update={"predicted": counted})
-    assert beyond(plan, one, one, (1, 2, 4)).planned_compute_s == 0.25
+    found = beyond(plan, one, one, (1, 2, 4))
+    assert found.planned_compute_s == predicted.matmul_s + predicted.memory_bound_s
+    assert found.counted_compute_s == 0.25
 
 
 def plan_of(strategy, **mesh):
