@@ -69,7 +69,7 @@ def estimate(
     ones = np.ones(1)
     prices = pricer.price(cluster, row, ones)
     meshes = Meshes(cluster, row)
-    _, memory = pricer.memory(meshes, ones)
+    _, memory = pricer.liveness.memory(meshes, ones)
     step_s = float(prices.step_s[0])
     dtype = matmul_dtype(pricer.program, pricer.sharded.classes, pricer.work)
     peak = cluster.peak_flops_per_s(dtype) * cluster.num_chips

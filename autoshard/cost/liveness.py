@@ -1,0 +1,185 @@
+"""What is in a device's memory at the peak of a step, for many meshes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from autoshard.cost.collectives import Meshes, Vector
+from autoshard.cost.moves import axes_of, key_of
+from autoshard.cost.work import Work
+from autoshard.plan.sharded import OUTPUT, Reshard, ShardedProgram
+
+KINDS = ("gradients", "activations")
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A stretch of memory, and when it is in use.
+
+    Attributes:
+        value: What it holds.
+        axes: Mesh axes that divide it.
+        begin: First position of the schedule at which it is in use.
+        end: Last one.
+        kind: Of `KINDS`.
+        needs: Of these axes one must have several devices, or there is no copy; empty
+            where it is always there.
+    """
+
+    value: int
+    axes: frozenset[str]
+    begin: int
+    end: int
+    kind: str
+    needs: frozenset[str] = frozenset()
+
+
+class Liveness:
+    """Follows the values of a program with a layout from birth to death.
+
+    Args:
+        sharded: The program, traced without microbatches.
+        work: Its facts, from `analyse`.
+        moves: Its moves, each once.
+        local_bytes: Bytes of a value on one device, by value, axes, meshes and
+            microbatches.
+    """
+
+    def __init__(
+        self,
+        sharded: ShardedProgram,
+        work: Work,
+        moves: Sequence[Reshard],
+        local_bytes: Callable[[int, frozenset[str], Meshes, Vector], Vector],
+    ) -> None:
+        self.sharded = sharded
+        self.work = work
+        self.moves = moves
+        self.program = sharded.traced.program
+        self._local_bytes = local_bytes
+
+    def state_bytes(self, meshes: Meshes) -> dict[str, Vector]:
+        """Bytes of the arguments on one device, by state."""
+        table: dict[str, Vector] = {}
+        for value, info in zip(
+            self.program.inputs, self.sharded.traced.inputs, strict=True
+        ):
+            held = axes_of(self.sharded.specs[value])
+            size = self.program.values[value].bytes_ / meshes.product(held)
+            table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
+        return table
+
+    def memory(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, dict[str, Vector]]:
+        """Peak bytes per device, and what is alive at the peak, by kind.
+
+        Arguments are donated and live throughout; other values live from the op that
+        makes them to the last that needs them.
+
+        Args:
+            meshes: The candidates.
+            cuts: float64[candidate]; microbatches of each.
+        """
+        count = len(self.program.ops) + 2
+        deltas = {kind: np.zeros((count, len(meshes))) for kind in KINDS}
+
+        def live(kind: str, size: Vector, begin: int, end: int) -> None:
+            deltas[kind][begin] += size
+            deltas[kind][end + 1] -= size
+
+        for buffer in self.buffers:
+            size = self._local_bytes(buffer.value, buffer.axes, meshes, cuts)
+            if buffer.needs:
+                size = np.where(meshes.product(buffer.needs) > 1, size, 0.0)
+            live(buffer.kind, size, buffer.begin, buffer.end)
+        for value in self._gradient_leaves:
+            held = axes_of(self.sharded.specs[value])
+            size = self.program.values[value].bytes_ / meshes.product(held)
+            live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
+        totals = {kind: np.cumsum(delta, axis=0) for kind, delta in deltas.items()}
+        whole = sum(totals.values())
+        at = np.argmax(whole, axis=0)
+        columns = np.arange(len(meshes))
+        table = self.state_bytes(meshes)
+        table.update({kind: total[at, columns] for kind, total in totals.items()})
+        return np.asarray(sum(table.values())), table
+
+    @cached_property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """All that is neither an argument nor written over one."""
+        return (*self._values(), *self._copies())
+
+    def _kind(self, value: int) -> str:
+        return KINDS[value not in self.work.gradients]
+
+    def _values(self) -> list[Buffer]:
+        found = []
+        work, specs = self.work, self.sharded.specs
+        for v, (begin, end) in enumerate(zip(work.birth, work.death, strict=True)):
+            if begin < 0 or not work.materialised[v] or v in self.sharded.free:
+                continue
+            found.append(Buffer(v, axes_of(specs[v]), begin, end, self._kind(v)))
+        return found
+
+    def _copies(self) -> list[Buffer]:
+        found = []
+        for move in self.moves:
+            if move.op == OUTPUT:
+                continue
+            source, target = axes_of(move.source), axes_of(move.target)
+            if move.slot.startswith("in"):
+                first, last = self.uses[key_of(self.sharded, move)]
+                buffer = Buffer(
+                    move.value, target, first, last, "activations", source ^ target
+                )
+                found.append(buffer)
+            elif move.unreduced and target - source:
+                # The whole partial sum exists before its pieces are scattered, and
+                # while they are: the next product runs beside that.
+                now = self.work.at[move.op]
+                then = self._next_product[now]
+                kind = self._kind(move.value)
+                buffer = Buffer(move.value, source, now, then, kind, target - source)
+                found.append(buffer)
+        return found
+
+    @cached_property
+    def _next_product(self) -> list[int]:
+        """Per position that of the next product or scatter of the same body.
+
+        The position itself where there is none.
+        """
+        ops = sorted(self.program.ops, key=lambda op: self.work.at[op.index])
+        found = list(range(len(ops)))
+        after: dict[int, int] = {}
+        for position in reversed(range(len(ops))):
+            op = ops[position]
+            found[position] = after.get(op.region, position)
+            if self.sharded.classes.rules[op.index].op_kind in ("matmul", "scatter"):
+                after[op.region] = position
+        return found
+
+    @cached_property
+    def _gradient_leaves(self) -> tuple[int, ...]:
+        return tuple(
+            op.outputs[0]
+            for op in self.program.ops
+            if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient"
+        )
+
+    @cached_property
+    def uses(self) -> dict[tuple[Any, ...], tuple[int, int]]:
+        """First and last position at which each resharded copy is used."""
+        found: dict[tuple[Any, ...], tuple[int, int]] = {}
+        for reshard in self.sharded.reshards:
+            if reshard.op == OUTPUT:
+                continue
+            key = key_of(self.sharded, reshard)
+            now = self.work.at[reshard.op]
+            first, last = found.get(key, (now, now))
+            found[key] = (min(first, now), max(last, now))
+        return found
