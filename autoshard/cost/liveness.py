@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,14 @@ import numpy as np
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.moves import axes_of, key_of
 from autoshard.cost.work import Work
+from autoshard.ir.build import is_rematted
+from autoshard.ir.program import LINK
 from autoshard.plan.sharded import OUTPUT, Reshard, ShardedProgram
+
+_ALIGNED = 8
+"""Elements, of two bytes, in what a GPU's tensor cores read at once.
+
+NVIDIA, "Matrix Multiplication Background User's Guide", section on requirements."""
 
 KINDS = ("gradients", "activations")
 
@@ -29,6 +36,7 @@ class Buffer:
         kind: Of `KINDS`.
         needs: Of these axes one must have several devices, or there is no copy; empty
             where it is always there.
+        only: Chips whose compiler makes it, `gpu` or `tpu`; empty for both.
     """
 
     value: int
@@ -37,6 +45,7 @@ class Buffer:
     end: int
     kind: str
     needs: frozenset[str] = frozenset()
+    only: str = ""
 
 
 class Liveness:
@@ -92,6 +101,8 @@ class Liveness:
             deltas[kind][end + 1] -= size
 
         for buffer in self.buffers:
+            if buffer.only not in ("", meshes.cluster.kind):
+                continue
             size = self._local_bytes(buffer.value, buffer.axes, meshes, cuts)
             if buffer.needs:
                 size = np.where(meshes.product(buffer.needs) > 1, size, 0.0)
@@ -111,7 +122,7 @@ class Liveness:
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:
         """All that is neither an argument nor written over one."""
-        return (*self._values(), *self._copies())
+        return (*self._values(), *self._copies(), *self._slices(), *self._padded())
 
     def _kind(self, value: int) -> str:
         return KINDS[value not in self.work.gradients]
@@ -128,15 +139,25 @@ class Liveness:
     def _copies(self) -> list[Buffer]:
         found = []
         for move in self.moves:
-            if move.op == OUTPUT:
-                continue
             source, target = axes_of(move.source), axes_of(move.target)
+            if move.op == OUTPUT:
+                if source - target:  # gathered beside what is left to do
+                    maker = self.program.values[move.value].producer
+                    begin, end = self.work.at[maker], len(self.program.ops)
+                    buffer = Buffer(
+                        move.value, target, begin, end, "activations", source - target
+                    )
+                    found.append(buffer)
+                continue
             if move.slot.startswith("in"):
                 first, last = self.uses[key_of(self.sharded, move)]
                 buffer = Buffer(
                     move.value, target, first, last, "activations", source ^ target
                 )
                 found.append(buffer)
+                wide = self._wide(move)
+                if wide >= 0:
+                    found.append(replace(buffer, value=wide, end=first))
             elif move.unreduced and target - source:
                 # The whole partial sum exists before its pieces are scattered, and
                 # while they are: the next product runs beside that.
@@ -145,6 +166,69 @@ class Liveness:
                 kind = self._kind(move.value)
                 buffer = Buffer(move.value, source, now, then, kind, target - source)
                 found.append(buffer)
+        return found
+
+    def _wide(self, move: Reshard) -> int:
+        """What is gathered in place of its conversion to a narrower type, or -1.
+
+        Both compilers gather a parameter and convert the whole, but for what the
+        backward pass gathers, which is converted already.
+        """
+        values, maker = self.program.values, self.program.values[move.value].producer
+        op = self.program.ops[maker] if maker >= 0 else None
+        if op is None or op.primitive != "convert_element_type" or is_rematted(op):
+            return -1
+        wide = op.inputs[0]
+        narrower = values[move.value].dtype.itemsize < values[wide].dtype.itemsize
+        kept = self.sharded.specs[wide] == move.source
+        return wide if narrower and kept and not move.unreduced else -1
+
+    def _slices(self) -> list[Buffer]:
+        """What products read of a stack, which on GPUs they do not do in place."""
+        program, work = self.program, self.work
+        found: dict[int, Buffer] = {}
+        slices = {
+            op.outputs[0]
+            for op in program.ops
+            if op.primitive == LINK and op.params["kind"] == "slice"
+        }
+        first: dict[int, int] = {}
+        by_product: set[int] = set()
+        for op, rule in zip(program.ops, self.sharded.classes.rules, strict=True):
+            for v in slices.intersection(op.inputs):
+                first[v] = min(first.get(v, work.at[op.index]), work.at[op.index])
+                if rule.op_kind == "matmul":
+                    by_product.add(v)
+        for v in by_product:
+            axes = axes_of(self.sharded.specs[v])
+            kind = self._kind(v)
+            found[v] = Buffer(v, axes, first[v], work.death[v], kind, only="gpu")
+        return list(found.values())
+
+    def _padded(self) -> list[Buffer]:
+        """Copies of operands whose summed dims GPUs' products cannot take.
+
+        Tensor cores read 16 bytes at once; a summed dim that is no multiple of 8
+        elements is padded to one, in the wider type of the two operands.
+        """
+        program = self.program
+        found = []
+        for op, rule in zip(program.ops, self.sharded.classes.rules, strict=True):
+            if rule.op_kind != "matmul" or len(rule.operands) != 2:
+                continue
+            results = {f for dims in rule.results for d in dims for f in d}
+            summed = [
+                f for dims in rule.operands for d in dims for f in d if f not in results
+            ]
+            if not any(rule.sizes[f] % _ALIGNED for f in summed):
+                continue
+            now = self.work.at[op.index]
+            widest = max(program.values[v].dtype.itemsize for v in op.inputs)
+            for v in op.inputs:
+                axes = axes_of(self.sharded.specs[v])
+                times = widest // program.values[v].dtype.itemsize
+                copy = Buffer(v, axes, now, now, "activations", only="gpu")
+                found += [copy] * times
         return found
 
     @cached_property

@@ -158,6 +158,9 @@ def lifetimes(
             if kind == "carry_in":
                 death[v] = last[program.values[v].region]
         for v in op.inputs:
+            maker = program.values[v].producer if v >= 0 else -1
+            if kind == "stack" and maker >= 0 and program.values[v].region == op.region:
+                now = at[maker]  # written into the stack as it is made
             if v >= 0:
                 death[v] = max(death[v], _until(program, v, op.region, now, last))
     for op in sorted(program.ops, key=lambda op: -at[op.index]):
@@ -167,6 +170,7 @@ def lifetimes(
             if v >= 0 and fused and op.primitive != LINK:
                 death[v] = max(death[v], *(death[result] for result in fused))
     _alias(program, birth, death)
+    _overwrite(program, at, materialised, birth, death)
     for k, v in enumerate(program.outputs):
         if v >= 0:
             death[v] = len(program.ops)
@@ -198,3 +202,39 @@ def _alias(program: Program, birth: list[int], death: list[int]) -> None:
         if op.primitive == LINK and op.params["kind"] == "carry":
             # What a loop carries on is written over what it carried in.
             birth[op.inputs[0]] = -2
+
+
+def _overwrite(
+    program: Program,
+    at: tuple[int, ...],
+    materialised: tuple[bool, ...],
+    birth: list[int],
+    death: list[int],
+) -> None:
+    """Ends the result of a product where a value of its type takes its place.
+
+    Point-by-point work that is the last to read a product's result (logits, and their
+    gradient) writes over it.
+    """
+    makers = [op for op in program.ops if op.primitive in _PRODUCTS]
+    results = {v for op in makers for v in op.outputs if birth[v] >= 0}
+    # Per value that is not in memory the products' results that it is fused from.
+    seen: dict[int, frozenset[int]] = {v: frozenset([v]) for v in results}
+    for op in program.ops:
+        if op.primitive == LINK or op.primitive in _PRODUCTS:
+            continue
+        sources = [seen[v] for v in op.inputs if v in seen]
+        if not sources:
+            continue
+        found = frozenset().union(*sources)
+        for out in op.outputs:
+            if not materialised[out]:
+                seen[out] = found
+                continue
+            place = program.values[out]
+            for v in found:
+                value = program.values[v]
+                same = (value.shape, value.dtype) == (place.shape, place.dtype)
+                if same and death[v] == at[op.index] and birth[v] < birth[out]:
+                    death[v] = birth[out] - 1
+                    break
