@@ -21,6 +21,10 @@ _ALIGNED = 8
 
 NVIDIA, "Matrix Multiplication Background User's Guide", section on requirements."""
 
+_SPLIT_BELOW = 128 * 128 * 128
+"""Elements of a product's result below which XLA splits its sum on GPUs: a tile of 128
+by 128 for each of the 108 (A100) to 148 (B200) cores."""
+
 KINDS = ("gradients", "activations")
 
 
@@ -37,6 +41,10 @@ class Buffer:
         needs: Of these axes one must have several devices, or there is no copy; empty
             where it is always there.
         only: Chips whose compiler makes it, `gpu` or `tpu`; empty for both.
+        tpu_share: Part of the value's bytes that it takes on TPUs.
+        result: Of a product that is split along its summed dim if this result is too
+            small to be cut into work for all cores; only then is there such a buffer.
+            -1 where it does not depend on that.
     """
 
     value: int
@@ -46,6 +54,8 @@ class Buffer:
     kind: str
     needs: frozenset[str] = frozenset()
     only: str = ""
+    tpu_share: float = 1.0
+    result: int = -1
 
 
 class Liveness:
@@ -106,6 +116,14 @@ class Liveness:
             size = self._local_bytes(buffer.value, buffer.axes, meshes, cuts)
             if buffer.needs:
                 size = np.where(meshes.product(buffer.needs) > 1, size, 0.0)
+            if meshes.cluster.kind == "tpu":
+                size = size * buffer.tpu_share
+            if buffer.result >= 0:
+                result = self.program.values[buffer.result]
+                axes = axes_of(self.sharded.specs[buffer.result])
+                held = self._local_bytes(buffer.result, axes, meshes, cuts)
+                small = held < _SPLIT_BELOW * result.dtype.itemsize
+                size = np.where(small, size, 0.0)
             live(buffer.kind, size, buffer.begin, buffer.end)
         for value in self._gradient_leaves:
             held = axes_of(self.sharded.specs[value])
@@ -133,8 +151,34 @@ class Liveness:
         for v, (begin, end) in enumerate(zip(work.birth, work.death, strict=True)):
             if begin < 0 or not work.materialised[v] or v in self.sharded.free:
                 continue
-            found.append(Buffer(v, axes_of(specs[v]), begin, end, self._kind(v)))
+            share = 0.5 if v in self._rounded else 1.0
+            buffer = Buffer(
+                v, axes_of(specs[v]), begin, end, self._kind(v), tpu_share=share
+            )
+            found.append(buffer)
         return found
+
+    @cached_property
+    def _rounded(self) -> set[int]:
+        """What TPUs keep in bfloat16: float32 made for products alone.
+
+        Products of default precision round their operands to bfloat16, and the
+        compiler has what makes them do so.
+        """
+        program, rules = self.program, self.sharded.classes.rules
+        found: set[int] = set()
+        other: set[int] = set()
+        for op, rule in zip(program.ops, rules, strict=True):
+            kept = other if rule.op_kind != "matmul" else found
+            kept.update(v for v in op.inputs if v >= 0)
+        values = program.values
+        return {
+            v
+            for v in found - other - self.work.over
+            if values[v].producer >= 0
+            and values[v].dtype == np.float32
+            and rules[values[v].producer].op_kind == "elementwise"
+        }
 
     def _copies(self) -> list[Buffer]:
         found = []
@@ -157,7 +201,10 @@ class Liveness:
                 found.append(buffer)
                 wide = self._wide(move)
                 if wide >= 0:
-                    found.append(replace(buffer, value=wide, end=first))
+                    # Both are there before the first product that takes it.
+                    begin = max(0, first - 1)
+                    found[-1] = replace(buffer, begin=begin)
+                    found.append(replace(buffer, value=wide, begin=begin, end=begin))
             elif move.unreduced and target - source:
                 # The whole partial sum exists before its pieces are scattered, and
                 # while they are: the next product runs beside that.
@@ -206,10 +253,11 @@ class Liveness:
         return list(found.values())
 
     def _padded(self) -> list[Buffer]:
-        """Copies of operands whose summed dims GPUs' products cannot take.
+        """Copies of operands whose summed dims GPUs' products cannot split.
 
-        Tensor cores read 16 bytes at once; a summed dim that is no multiple of 8
-        elements is padded to one, in the wider type of the two operands.
+        A product with a small result is split along its summed dim to have work for
+        all cores. One that is no multiple of 8 elements, which tensor cores read at
+        once, is padded for that, in the wider type of the two operands.
         """
         program = self.program
         found = []
@@ -227,7 +275,15 @@ class Liveness:
             for v in op.inputs:
                 axes = axes_of(self.sharded.specs[v])
                 times = widest // program.values[v].dtype.itemsize
-                copy = Buffer(v, axes, now, now, "activations", only="gpu")
+                copy = Buffer(
+                    v,
+                    axes,
+                    now,
+                    now,
+                    "activations",
+                    only="gpu",
+                    result=op.outputs[0],
+                )
                 found += [copy] * times
         return found
 

@@ -72,7 +72,7 @@ def _flatten(
 
 
 def _put_off(program: Program, own: dict[Item, list[int]]) -> set[Item]:
-    """Products that no later run waits for, and what depends on these.
+    """Products that no later run waits for, and what depends on these or on scatters.
 
     What is waited for is what the last inner loop needs or, where there is none, what
     is carried on. Point-by-point work stays where it is: it is fused with what else
@@ -103,16 +103,16 @@ def _put_off(program: Program, own: dict[Item, list[int]]) -> set[Item]:
             awaited.add(item)
             pending += needs[item]
     late: set[Item] = set()
+    scatters: set[Item] = set()
     for item in own:  # in order, so what an op needs comes before it
-        if item not in awaited and (
-            _is_product(program, item) or not late.isdisjoint(needs[item])
-        ):
+        if item in awaited:
+            continue
+        primitive = program.ops[item[1]].primitive if item[0] == "op" else ""
+        if primitive in _PRODUCTS or not needs[item].isdisjoint(late | scatters):
             late.add(item)
+        elif primitive.startswith("scatter"):
+            scatters.add(item)  # a product runs beside the sum of its result
     return late
-
-
-def _is_product(program: Program, item: Item) -> bool:
-    return item[0] == "op" and program.ops[item[1]].primitive in _PRODUCTS
 
 
 def _is_carry(program: Program, item: Item) -> bool:
@@ -122,7 +122,7 @@ def _is_carry(program: Program, item: Item) -> bool:
 
 def lifetimes(
     traced: Traced, at: tuple[int, ...], materialised: tuple[bool, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+) -> tuple[tuple[int, ...], tuple[int, ...], frozenset[int]]:
     """First and last position at which each value occupies memory of its own.
 
     Args:
@@ -131,7 +131,8 @@ def lifetimes(
         materialised: Per value, whether it is ever in memory.
 
     Returns:
-        Births, -1 for a value that is never there by itself, and deaths.
+        Births, -1 for a value that is never there by itself; deaths; and values that
+        are written over the result of a product.
     """
     program = traced.program
     first = [len(program.ops)] * len(program.regions)
@@ -170,7 +171,7 @@ def lifetimes(
             if v >= 0 and fused and op.primitive != LINK:
                 death[v] = max(death[v], *(death[result] for result in fused))
     _alias(program, birth, death)
-    _overwrite(program, at, materialised, birth, death)
+    over = _overwrite(program, at, materialised, birth, death)
     for k, v in enumerate(program.outputs):
         if v >= 0:
             death[v] = len(program.ops)
@@ -178,7 +179,7 @@ def lifetimes(
                 birth[v] = -2  # written over the argument it replaces
     for v in program.inputs:
         birth[v] = -2  # counted as state
-    return tuple(-1 if b < 0 else b for b in birth), tuple(death)
+    return tuple(-1 if b < 0 else b for b in birth), tuple(death), over
 
 
 def _until(program: Program, value: int, region: int, now: int, last: list[int]) -> int:
@@ -210,12 +211,13 @@ def _overwrite(
     materialised: tuple[bool, ...],
     birth: list[int],
     death: list[int],
-) -> None:
+) -> frozenset[int]:
     """Ends the result of a product where a value of its type takes its place.
 
     Point-by-point work that is the last to read a product's result (logits, and their
     gradient) writes over it.
     """
+    over: set[int] = set()
     makers = [op for op in program.ops if op.primitive in _PRODUCTS]
     results = {v for op in makers for v in op.outputs if birth[v] >= 0}
     # Per value that is not in memory the products' results that it is fused from.
@@ -237,4 +239,6 @@ def _overwrite(
                 same = (value.shape, value.dtype) == (place.shape, place.dtype)
                 if same and death[v] == at[op.index] and birth[v] < birth[out]:
                     death[v] = birth[out] - 1
+                    over.add(out)
                     break
+    return frozenset(over)

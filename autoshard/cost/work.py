@@ -37,6 +37,7 @@ class Work:
         at: Per op, its position in the order of execution.
         birth: Per value, the position from which it occupies memory, -1 for never.
         death: Per value, the last position at which it is needed.
+        over: Values that are written over the result of a product.
         gradients: Values that hold gradients.
     """
 
@@ -49,6 +50,7 @@ class Work:
     at: tuple[int, ...]
     birth: tuple[int, ...]
     death: tuple[int, ...]
+    over: frozenset[int]
     gradients: frozenset[int]
 
 
@@ -63,7 +65,7 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
     )
     at = positions(program)
     materialised = _materialised(program, classes)
-    birth, death = lifetimes(traced, at, materialised)
+    birth, death, over = lifetimes(traced, at, materialised)
     return Work(
         runs=tuple(runs[op.region] for op in program.ops),
         flops=tuple(
@@ -76,6 +78,7 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
         at=at,
         birth=birth,
         death=death,
+        over=over,
         gradients=_gradients(program, classes),
     )
 
