@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.moves import axes_of, key_of
+from autoshard.cost.tiles import filled
 from autoshard.cost.work import Work
 from autoshard.ir.build import is_rematted
 from autoshard.ir.program import LINK
-from autoshard.plan.sharded import OUTPUT, Reshard, ShardedProgram
+from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
 
 _ALIGNED = 8
 """Elements, of two bytes, in what a GPU's tensor cores read at once.
@@ -34,7 +36,7 @@ class Buffer:
 
     Attributes:
         value: What it holds.
-        axes: Mesh axes that divide it.
+        spec: Mesh axes that divide it, per dim.
         begin: First position of the schedule at which it is in use.
         end: Last one.
         kind: Of `KINDS`.
@@ -48,7 +50,7 @@ class Buffer:
     """
 
     value: int
-    axes: frozenset[str]
+    spec: Dims
     begin: int
     end: int
     kind: str
@@ -56,6 +58,9 @@ class Buffer:
     only: str = ""
     tpu_share: float = 1.0
     result: int = -1
+
+
+_Key = tuple[tuple[int, ...], int, Dims]
 
 
 class Liveness:
@@ -85,11 +90,11 @@ class Liveness:
     def state_bytes(self, meshes: Meshes) -> dict[str, Vector]:
         """Bytes of the arguments on one device, by state."""
         table: dict[str, Vector] = {}
+        tiles: dict[_Key, Vector | float] = {}
         for value, info in zip(
             self.program.inputs, self.sharded.traced.inputs, strict=True
         ):
-            held = axes_of(self.sharded.specs[value])
-            size = self.program.values[value].bytes_ / meshes.product(held)
+            size = self._whole(value, self.sharded.specs[value], meshes, tiles)
             table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
         return table
 
@@ -105,29 +110,18 @@ class Liveness:
         """
         count = len(self.program.ops) + 2
         deltas = {kind: np.zeros((count, len(meshes))) for kind in KINDS}
+        tiles: dict[_Key, Vector | float] = {}
 
         def live(kind: str, size: Vector, begin: int, end: int) -> None:
             deltas[kind][begin] += size
             deltas[kind][end + 1] -= size
 
         for buffer in self.buffers:
-            if buffer.only not in ("", meshes.cluster.kind):
-                continue
-            size = self._local_bytes(buffer.value, buffer.axes, meshes, cuts)
-            if buffer.needs:
-                size = np.where(meshes.product(buffer.needs) > 1, size, 0.0)
-            if meshes.cluster.kind == "tpu":
-                size = size * buffer.tpu_share
-            if buffer.result >= 0:
-                result = self.program.values[buffer.result]
-                axes = axes_of(self.sharded.specs[buffer.result])
-                held = self._local_bytes(buffer.result, axes, meshes, cuts)
-                small = held < _SPLIT_BELOW * result.dtype.itemsize
-                size = np.where(small, size, 0.0)
-            live(buffer.kind, size, buffer.begin, buffer.end)
+            if buffer.only in ("", meshes.cluster.kind):
+                size = self._size(buffer, meshes, cuts, tiles)
+                live(buffer.kind, size, buffer.begin, buffer.end)
         for value in self._gradient_leaves:
-            held = axes_of(self.sharded.specs[value])
-            size = self.program.values[value].bytes_ / meshes.product(held)
+            size = self._whole(value, self.sharded.specs[value], meshes, tiles)
             live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
         totals = {kind: np.cumsum(delta, axis=0) for kind, delta in deltas.items()}
         whole = sum(totals.values())
@@ -136,6 +130,63 @@ class Liveness:
         table = self.state_bytes(meshes)
         table.update({kind: total[at, columns] for kind, total in totals.items()})
         return np.asarray(sum(table.values())), table
+
+    def _size(
+        self,
+        buffer: Buffer,
+        meshes: Meshes,
+        cuts: Vector,
+        tiles: dict[_Key, Vector | float],
+    ) -> Vector:
+        """Bytes of a buffer on one device."""
+        axes = axes_of(buffer.spec)
+        size = self._local_bytes(buffer.value, axes, meshes, cuts)
+        if meshes.cluster.kind == "tpu":
+            size = size * buffer.tpu_share
+            size = size * self._filled(buffer.value, buffer.spec, meshes, tiles)
+        if buffer.needs:
+            size = np.where(meshes.product(buffer.needs) > 1, size, 0.0)
+        if buffer.result >= 0:
+            result = self.program.values[buffer.result]
+            axes = axes_of(self.sharded.specs[buffer.result])
+            held = self._local_bytes(buffer.result, axes, meshes, cuts)
+            small = held < _SPLIT_BELOW * result.dtype.itemsize
+            size = np.where(small, size, 0.0)
+        return size
+
+    def _whole(
+        self,
+        value: int,
+        spec: Dims,
+        meshes: Meshes,
+        tiles: dict[_Key, Vector | float],
+    ) -> Vector:
+        """Bytes on one device of what no microbatch holds only a part of."""
+        size = self.program.values[value].bytes_ / meshes.product(axes_of(spec))
+        if meshes.cluster.kind == "tpu":
+            size = size * self._filled(value, spec, meshes, tiles)
+        return size
+
+    def _filled(
+        self,
+        value: int,
+        spec: Dims,
+        meshes: Meshes,
+        tiles: dict[_Key, Vector | float],
+    ) -> Vector | float:
+        """By which factor a TPU's tiles make a value larger, each type only once."""
+        shape, dtype = (
+            self.program.values[value].shape,
+            self.program.values[value].dtype,
+        )
+        key = (shape, dtype.itemsize, spec)
+        if key not in tiles:
+            dims = [
+                np.ceil(size / meshes.product(frozenset(axes)))
+                for size, axes in zip(shape, spec, strict=True)
+            ]
+            tiles[key] = filled(dims, dtype.itemsize) if 0 not in shape else 1.0
+        return tiles[key]
 
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -152,9 +203,7 @@ class Liveness:
             if begin < 0 or not work.materialised[v] or v in self.sharded.free:
                 continue
             share = 0.5 if v in self._rounded else 1.0
-            buffer = Buffer(
-                v, axes_of(specs[v]), begin, end, self._kind(v), tpu_share=share
-            )
+            buffer = Buffer(v, specs[v], begin, end, self._kind(v), tpu_share=share)
             found.append(buffer)
         return found
 
@@ -189,14 +238,19 @@ class Liveness:
                     maker = self.program.values[move.value].producer
                     begin, end = self.work.at[maker], len(self.program.ops)
                     buffer = Buffer(
-                        move.value, target, begin, end, "activations", source - target
+                        move.value,
+                        move.target,
+                        begin,
+                        end,
+                        "activations",
+                        source - target,
                     )
                     found.append(buffer)
                 continue
             if move.slot.startswith("in"):
                 first, last = self.uses[key_of(self.sharded, move)]
                 buffer = Buffer(
-                    move.value, target, first, last, "activations", source ^ target
+                    move.value, move.target, first, last, "activations", source ^ target
                 )
                 found.append(buffer)
                 wide = self._wide(move)
@@ -211,7 +265,9 @@ class Liveness:
                 now = self.work.at[move.op]
                 then = self._next_product[now]
                 kind = self._kind(move.value)
-                buffer = Buffer(move.value, source, now, then, kind, target - source)
+                buffer = Buffer(
+                    move.value, move.source, now, then, kind, target - source
+                )
                 found.append(buffer)
         return found
 
@@ -247,9 +303,9 @@ class Liveness:
                 if rule.op_kind == "matmul":
                     by_product.add(v)
         for v in by_product:
-            axes = axes_of(self.sharded.specs[v])
             kind = self._kind(v)
-            found[v] = Buffer(v, axes, first[v], work.death[v], kind, only="gpu")
+            spec = self.sharded.specs[v]
+            found[v] = Buffer(v, spec, first[v], work.death[v], kind, only="gpu")
         return list(found.values())
 
     def _padded(self) -> list[Buffer]:
@@ -265,19 +321,16 @@ class Liveness:
             if rule.op_kind != "matmul" or len(rule.operands) != 2:
                 continue
             results = {f for dims in rule.results for d in dims for f in d}
-            summed = [
-                f for dims in rule.operands for d in dims for f in d if f not in results
-            ]
-            if not any(rule.sizes[f] % _ALIGNED for f in summed):
+            summed = {f for dims in rule.operands for d in dims for f in d} - results
+            if prod(rule.sizes[f] for f in summed) % _ALIGNED == 0:
                 continue
             now = self.work.at[op.index]
             widest = max(program.values[v].dtype.itemsize for v in op.inputs)
             for v in op.inputs:
-                axes = axes_of(self.sharded.specs[v])
                 times = widest // program.values[v].dtype.itemsize
                 copy = Buffer(
                     v,
-                    axes,
+                    self.sharded.specs[v],
                     now,
                     now,
                     "activations",
