@@ -76,7 +76,7 @@ def test_cuts_agree_with_traced_microbatches(which, layout):
     np.testing.assert_allclose(a.collective_s, b.collective_s, rtol=0.01)
     np.testing.assert_allclose(a.other_s, b.other_s, rtol=0.2)
     np.testing.assert_allclose(a.step_s, b.step_s, rtol=0.02)
-    data = traced.state_bytes(meshes)["data"]
+    data = traced.liveness.state_bytes(meshes)["data"]
     assert abs(a.peak_bytes - b.peak_bytes) <= data + 0.001 * b.peak_bytes
 
 
