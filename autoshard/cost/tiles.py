@@ -38,10 +38,11 @@ def filled(dims: Sequence[Vector], itemsize: int) -> Vector | float:
     """
     if not dims:
         return 1.0
-    if len(dims) == 1:
-        return _up(dims[0], _power_of_two(dims[0], LANES, _LINE)) / dims[0]
     # Elements of less than four bytes are packed along the sublanes.
     packed = max(1, 4 // max(1, itemsize))
+    if len(dims) == 1:
+        line = _power_of_two(dims[0], LANES * packed, _LINE)
+        return _up(dims[0], line) / dims[0]
     largest = sorted(range(len(dims)), key=lambda d: -dims[d].sum())[:_INNER]
     lanes = {d: _up(dims[d], LANES) / dims[d] for d in largest}
     rows = {
