@@ -71,7 +71,7 @@ def estimate(
     ones = np.ones(1)
     prices = pricer.price(cluster, row, ones)
     meshes = Meshes(cluster, row)
-    _, memory = pricer.memory(meshes, ones)
+    _, memory = pricer.liveness.memory(meshes, ones)
     step_s = float(prices.step_s[0])
     counted_s = None
     if Rates.counted(cluster):

@@ -7,7 +7,6 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import numpy as np
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
+from autoshard.cost.liveness import Liveness
 from autoshard.cost.moves import (
     Step,
     axes_of,
-    key_of,
     moves_of_state,
     steps_of,
     unique_moves,
@@ -27,7 +26,7 @@ from autoshard.cost.overlap import prefetched, trailing
 from autoshard.cost.rates import Rates
 from autoshard.cost.work import Work
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.sharded import OUTPUT, Exchange, Reshard, ShardedProgram
+from autoshard.plan.sharded import OUTPUT, Exchange, ShardedProgram
 
 MEMORY_HEADROOM = 0.94
 """Share of memory that a program may use; the rest is runtime, communication buffers
@@ -78,6 +77,7 @@ class Pricer:
         self._padded = self._find_padded()
         self.compute = Compute(sharded, work, self.local_bytes)
         self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
+        self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
 
     def price(
         self,
@@ -115,7 +115,7 @@ class Pricer:
         for exchange in self.sharded.exchanges:
             between += self.exchange(exchange, meshes, microbatches)[0]
         shown = self._exposed(cluster, matmul + other, ahead, after, between)
-        peak, _ = self.memory(meshes, microbatches)
+        peak, _ = self.liveness.memory(meshes, microbatches)
         hidden = ahead + after + between - shown
         return Prices(matmul, other, shown, peak, hidden)
 
@@ -239,83 +239,3 @@ class Pricer:
             local_rows = np.ceil(exchange.dim_size / meshes.product(axes))
             size = size * exchange.rows / local_rows
         return runs * meshes.time_s(exchange.kind, axes, size), size, runs
-
-    # -- memory ------------------------------------------------------------------
-
-    def state_bytes(self, meshes: Meshes) -> dict[str, Vector]:
-        """Bytes of the arguments on one device, by state."""
-        table: dict[str, Vector] = {}
-        for value, info in zip(
-            self.program.inputs, self.sharded.traced.inputs, strict=True
-        ):
-            held = axes_of(self.sharded.specs[value])
-            size = self.program.values[value].bytes_ / meshes.product(held)
-            table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
-        return table
-
-    def memory(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, dict[str, Vector]]:
-        """Peak bytes per device, and what is alive at the peak, by kind.
-
-        Arguments are donated and live throughout; other values live from the op that
-        makes them to the last that needs them.
-        """
-        count = len(self.program.ops) + 2
-        kinds = ("gradients", "activations")
-        deltas = {kind: np.zeros((count, len(meshes))) for kind in kinds}
-
-        def live(kind: str, size: Vector, begin: int, end: int) -> None:
-            deltas[kind][begin] += size
-            deltas[kind][end + 1] -= size
-
-        for value in self.program.values:
-            begin, end = self.work.birth[value.index], self.work.death[value.index]
-            if begin < 0 or not self.work.materialised[value.index]:
-                continue
-            if value.index in self.sharded.free:
-                continue
-            held = axes_of(self.sharded.specs[value.index])
-            size = self.local_bytes(value.index, held, meshes, cuts)
-            kind = kinds[value.index not in self.work.gradients]
-            live(kind, size, begin, end)
-        for reshard in self.moves:
-            if reshard.slot.startswith("in") and reshard.op != OUTPUT:
-                size = self.local_bytes(
-                    reshard.value, axes_of(reshard.target), meshes, cuts
-                )
-                moved = axes_of(reshard.source) ^ axes_of(reshard.target)
-                size = np.where(meshes.product(moved) > 1, size, 0.0)  # else no copy
-                first, last = self.uses[self._key(reshard)]
-                live("activations", size, first, last)
-            elif reshard.op != OUTPUT and reshard.unreduced:
-                # The whole partial sum exists before its pieces are scattered.
-                size = self.local_bytes(
-                    reshard.value, axes_of(reshard.source), meshes, cuts
-                )
-                pieces = axes_of(reshard.target) - axes_of(reshard.source)
-                size = np.where(meshes.product(pieces) > 1, size, 0.0)
-                kind = kinds[reshard.value not in self.work.gradients]
-                live(kind, size, reshard.op, reshard.op)
-        for value in self._gradient_leaves():
-            held = axes_of(self.sharded.specs[value])
-            size = self.program.values[value].bytes_ / meshes.product(held)
-            live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
-        totals = {kind: np.cumsum(delta, axis=0) for kind, delta in deltas.items()}
-        whole = sum(totals.values())
-        at = np.argmax(whole, axis=0)
-        columns = np.arange(len(meshes))
-        table = self.state_bytes(meshes)
-        table.update({kind: total[at, columns] for kind, total in totals.items()})
-        return np.asarray(sum(table.values())), table
-
-    def _key(self, reshard: Reshard) -> tuple[Any, ...]:
-        return key_of(self.sharded, reshard)
-
-    @cached_property
-    def uses(self) -> dict[tuple[Any, ...], tuple[int, int]]:
-        """First and last op that uses each resharded copy."""
-        found: dict[tuple[Any, ...], tuple[int, int]] = {}
-        for reshard in self.sharded.reshards:
-            key = key_of(self.sharded, reshard)
-            first, last = found.get(key, (reshard.op, reshard.op))
-            found[key] = (min(first, reshard.op), max(last, reshard.op))
-        return found

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from autoshard.ir.program import BARRIER, LINK, Program
+from autoshard.cost.schedule import lifetimes, positions
+from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
 from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.plan.sharded import DimClasses
@@ -33,8 +34,10 @@ class Work:
         batched: Per value, whether a microbatch holds only a part of it.
         batched_op: Per op, whether it works on such values.
         update: Per op, whether it runs once a step rather than once a microbatch.
-        birth: Per value, the op index from which it occupies memory, -1 for never.
-        death: Per value, the last op index at which it is needed.
+        at: Per op, its position in the order of execution.
+        birth: Per value, the position from which it occupies memory, -1 for never.
+        death: Per value, the last position at which it is needed.
+        over: Values that are written over the result of a product.
         gradients: Values that hold gradients.
     """
 
@@ -44,8 +47,10 @@ class Work:
     batched: tuple[bool, ...]
     batched_op: tuple[bool, ...]
     update: tuple[bool, ...]
+    at: tuple[int, ...]
     birth: tuple[int, ...]
     death: tuple[int, ...]
+    over: frozenset[int]
     gradients: frozenset[int]
 
 
@@ -58,18 +63,22 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
     batched_op = tuple(
         any(c in batch for c in factor_classes) for factor_classes in classes.of_factor
     )
-    birth, death = _lifetimes(traced)
+    at = positions(program)
+    materialised = _materialised(program, classes)
+    birth, death, over = lifetimes(traced, at, materialised)
     return Work(
         runs=tuple(runs[op.region] for op in program.ops),
         flops=tuple(
             rule.flops_per_point * prod(rule.sizes, start=1.0) for rule in rules
         ),
-        materialised=_materialised(program, classes),
+        materialised=materialised,
         batched=tuple(any(c in batch for c in dims) for dims in classes.of_value),
         batched_op=batched_op,
         update=tuple(UPDATE_SCOPE in op.scope for op in program.ops),
+        at=at,
         birth=birth,
         death=death,
+        over=over,
         gradients=_gradients(program, classes),
     )
 
@@ -95,59 +104,6 @@ def _materialised(program: Program, classes: DimClasses) -> tuple[bool, ...]:
             for v in op.outputs:
                 found[v] = False
     return tuple(found)
-
-
-def _lifetimes(traced: Traced) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    program = traced.program
-    first_op = [len(program.ops)] * len(program.regions)
-    last_op = [-1] * len(program.regions)
-    for op in program.ops:
-        region = op.region
-        while region >= 0:
-            first_op[region] = min(first_op[region], op.index)
-            last_op[region] = max(last_op[region], op.index)
-            region = program.regions[region].parent
-    birth = [-1] * len(program.values)
-    death = [-1] * len(program.values)
-    for op in program.ops:
-        for v in op.outputs:
-            value = program.values[v]
-            if birth[v] < 0:
-                birth[v] = op.index
-            if op.primitive == LINK and op.params["kind"] == "stack":
-                birth[v] = first_op[op.region]
-            if op.primitive == LINK and op.params["kind"] == "slice":
-                birth[v] = -2  # read in place from the stack
-            death[v] = max(death[v], birth[v])
-            if op.primitive == LINK and op.params["kind"] == "carry_in":
-                death[v] = last_op[value.region]
-        for v in op.inputs:
-            if v < 0:
-                continue
-            until, region = op.index, op.region
-            while region != program.values[v].region and region >= 0:
-                # Used in a loop: needed until the loop ends.
-                until = max(until, last_op[region])
-                region = program.regions[region].parent
-            death[v] = max(death[v], until)
-    for op in reversed(program.ops):
-        if op.primitive == BARRIER:  # its results are its operands
-            for v, result in zip(op.inputs, op.outputs, strict=True):
-                birth[result] = -2
-                if v >= 0:
-                    death[v] = max(death[v], death[result])
-    for op in program.ops:
-        if op.primitive == LINK and op.params["kind"] == "carry":
-            # What a loop carries on is written over what it carried in.
-            birth[op.inputs[0]] = -2
-    for k, v in enumerate(program.outputs):
-        if v >= 0:
-            death[v] = len(program.ops)
-            if traced.out_source[k] >= 0:
-                birth[v] = -2  # written over the argument it replaces
-    for v in program.inputs:
-        birth[v] = -2  # counted as state
-    return tuple(-1 if b < 0 else b for b in birth), tuple(death)
 
 
 def _gradients(program: Program, classes: DimClasses) -> frozenset[int]:

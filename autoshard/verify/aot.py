@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ class CompiledMemory:
         output_bytes: What comes out.
         alias_bytes: Of these, what takes the place of an argument.
         temp_bytes: Everything in between, at its peak.
-        reported_bytes: The compiler's own figure of the peak, which may count code and
-            buffers of its own; 0 where it gives none.
+        reported_bytes: The compiler's own figure of the peak; 0 where it gives none.
     """
 
     argument_bytes: int
@@ -56,6 +55,22 @@ class CompiledMemory:
         """
         given = self.argument_bytes + self.output_bytes - self.alias_bytes
         return given + self.temp_bytes
+
+    def as_reported(self) -> CompiledMemory:
+        """The same with those temporaries that make up the reported peak.
+
+        The TPU compiler counts in its temporaries some buffers that share memory, such
+        as those of loops: two Llama 3 blocks on `v5e:8x8` have 17.9 GiB of them and
+        compile for chips of 15.75 GiB. Its buffer assignment, 14.0 GiB there, agrees
+        with the reported peak to 0.1 %, fragmentation included.
+
+        >>> CompiledMemory(8, 6, 4, 30, 13).as_reported().temp_bytes
+        3
+        """
+        given = self.argument_bytes + self.output_bytes - self.alias_bytes
+        if not self.reported_bytes:
+            return self
+        return replace(self, temp_bytes=max(0, self.reported_bytes - given))
 
     def beyond(self, before: CompiledMemory, turns: int) -> CompiledMemory:
         """These figures, `turns` times as far again from those `before`.
@@ -149,6 +164,8 @@ def compile_for(lowered: Any, target: Target) -> Compiled:
         temp_bytes=found.temp_size_in_bytes,
         reported_bytes=getattr(found, "peak_memory_in_bytes", 0) or 0,
     )
+    if target.kind == "tpu":
+        memory = memory.as_reported()
     warned = tuple(REMATERIALIZED.findall("".join(messages)))
     return Compiled(compiled.as_text(), partitioned, memory, None, warned, took_s)
 

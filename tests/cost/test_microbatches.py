@@ -88,7 +88,7 @@ def test_cuts_agree_with_traced_microbatches(which, layout):
     # What shows depends on the ops beside it, `other_s` among them.
     np.testing.assert_allclose(a.collective_s, b.collective_s, rtol=0.01)
     np.testing.assert_allclose(a.step_s, b.step_s, rtol=0.02)
-    data = traced.state_bytes(meshes)["data"]
+    data = traced.liveness.state_bytes(meshes)["data"]
     assert abs(a.peak_bytes - b.peak_bytes) <= data + 0.001 * b.peak_bytes
 
 
