@@ -6,9 +6,10 @@ its own topology and held against the scheduled program: collectives (kind, mesh
 bytes, count), memory and time. Recorded are the share of bytes that agrees in any form
 and the share that is emitted just as planned, of the larger side; the differences
 without a known cause; planned memory over compiled; seconds of the compiler, and
-processor seconds of the whole case, as this machine may be shared. `--large` compiles
-an 8B decoder of two blocks for `v5e:16x16` or `h100:64` instead. Bars: no difference is
-unexplained; the two-block 8B takes 60 seconds or less.
+processor seconds of the whole case, as a machine may be shared. `--large` compiles an
+8B decoder of two blocks for `v5e:16x16` or `h100:64` instead. Bars: no difference is
+unexplained; the two-block 8B takes 60 seconds or less from start to end, with nothing
+else running (the TPU compiler works on two cores at once).
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def main() -> int:
     if arguments.large:
         name += "_large"
         words.append("--large")
-        passed = passed and found[0]["processor_s"] <= LARGE_BAR_S
+        passed = passed and found[0]["wall_s"] <= LARGE_BAR_S
     if arguments.variants != ",".join(VARIANTS):
         words.append(f"--variants {arguments.variants}")
     if arguments.only:
