@@ -219,9 +219,10 @@ def _hold(sharded: ShardedProgram, pinned: _Pins) -> None:
             if region in others[value]:
                 pinned.setdefault(others[value][region], sharded.specs[value])
         leaving = {r.target for r in moved.values() if _leaves(r)}
-        if producer < 0 or value in sharded.stored:
+        op = program.ops[producer] if producer >= 0 else None
+        narrows = op is not None and op.primitive == "convert_element_type"
+        if op is None or (value in sharded.stored and not narrows):
             continue  # what lies in memory keeps its spec
-        op = program.ops[producer]
         made = op.address, f"out{op.outputs.index(value)}"
         if len(leaving) == 1 and made not in pinned:
             elsewhere = next(iter(others[value].values()), made)
