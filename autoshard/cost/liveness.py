@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -14,7 +14,6 @@ from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.moves import axes_of, key_of
 from autoshard.cost.tiles import filled
 from autoshard.cost.work import Work
-from autoshard.ir.build import is_rematted
 from autoshard.ir.program import LINK
 from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
 
@@ -253,12 +252,6 @@ class Liveness:
                     move.value, move.target, first, last, "activations", source ^ target
                 )
                 found.append(buffer)
-                wide = self._wide(move)
-                if wide >= 0:
-                    # Both are there before the first product that takes it.
-                    begin = max(0, first - 1)
-                    found[-1] = replace(buffer, begin=begin)
-                    found.append(replace(buffer, value=wide, begin=begin, end=begin))
             elif move.unreduced and target - source:
                 # The whole partial sum exists before its pieces are scattered, and
                 # while they are: the next product runs beside that.
@@ -270,21 +263,6 @@ class Liveness:
                 )
                 found.append(buffer)
         return found
-
-    def _wide(self, move: Reshard) -> int:
-        """What is gathered in place of its conversion to a narrower type, or -1.
-
-        Both compilers gather a parameter and convert the whole, but for what the
-        backward pass gathers, which is converted already.
-        """
-        values, maker = self.program.values, self.program.values[move.value].producer
-        op = self.program.ops[maker] if maker >= 0 else None
-        if op is None or op.primitive != "convert_element_type" or is_rematted(op):
-            return -1
-        wide = op.inputs[0]
-        narrower = values[move.value].dtype.itemsize < values[wide].dtype.itemsize
-        kept = self.sharded.specs[wide] == move.source
-        return wide if narrower and kept and not move.unreduced else -1
 
     def _slices(self) -> list[Buffer]:
         """What products read of a stack, which on GPUs they do not do in place."""
