@@ -21,9 +21,12 @@ from autoshard.api import (
     repair_plan,
     resolve,
     search,
+    size,
+    solver,
     train_step,
     validate,
     verify_plan,
+    why_not,
 )
 from autoshard.ir.annotate import annotate
 from autoshard.ir.errors import AutoshardError
@@ -60,7 +63,10 @@ __all__ = [
     "repair_plan",
     "resolve",
     "search",
+    "size",
+    "solver",
     "train_step",
     "validate",
     "verify_plan",
+    "why_not",
 ]

@@ -33,7 +33,7 @@ def model_ref(model, **changes):
 
 
 def test_public_names_are_few_and_documented():
-    assert len(ash.__all__) == len(set(ash.__all__)) <= 27
+    assert len(ash.__all__) == len(set(ash.__all__)) <= 30
     for name in set(ash.__all__) - {"__version__"}:
         doc = inspect.getdoc(getattr(ash, name))
         assert doc, name
@@ -269,7 +269,10 @@ def test_search_returns_as_many_different_plans_as_asked_fastest_first():
     assert times == sorted(times)
     assert len({p.model_dump_json() for p in plans}) == 3
     best = ash.search(plain_step, *plain_args(), cluster="cpu:8")
-    assert best == plans[0]
+    # How many candidates a bound rules out depends on how many plans are wanted.
+    same = {"certificate": plans[0].certificate}
+    assert best.model_copy(update=same) == plans[0]
+    assert best.certificate.lower_bound_s == plans[0].certificate.lower_bound_s
 
 
 def test_search_takes_names_and_objects_alike():

@@ -27,6 +27,7 @@ from autoshard.api.building import (
     resolve,
     token_batch,
 )
+from autoshard.api.solving import size, solver, why_not
 from autoshard.api.verifying import Repair, rank_verified, repair_plan, verify_plan
 from autoshard.ir.annotations.paths import SpecMap
 from autoshard.ir.errors import InputError, OutputError
@@ -49,7 +50,6 @@ from autoshard.plan.schema import ModelRef, Plan, Strategy
 from autoshard.rules import register_rule
 from autoshard.rules.check import check_rule
 from autoshard.rules.registry import rules_of
-from autoshard.search import search_plans
 from autoshard.validation import Validation, validate
 
 
@@ -59,11 +59,13 @@ def search(
     *abstract_args: Any,
     cluster: str | Cluster,
     strategy: str | Strategy = ...,
+    pins: Mapping[str, Any] | None = ...,
     top: None = ...,
     specs: SpecMap | None = ...,
     aliases: Mapping[str, str] | None = ...,
     replicate: Iterable[str] = ...,
     model_ref: ModelRef | None = ...,
+    time_limit_s: float | None = ...,
     log: Callable[[str], None] | None = ...,
 ) -> Plan: ...
 
@@ -74,11 +76,13 @@ def search(
     *abstract_args: Any,
     cluster: str | Cluster,
     strategy: str | Strategy = ...,
+    pins: Mapping[str, Any] | None = ...,
     top: int,
     specs: SpecMap | None = ...,
     aliases: Mapping[str, str] | None = ...,
     replicate: Iterable[str] = ...,
     model_ref: ModelRef | None = ...,
+    time_limit_s: float | None = ...,
     log: Callable[[str], None] | None = ...,
 ) -> list[Plan]: ...
 
@@ -88,11 +92,13 @@ def search(
     *abstract_args: Any,
     cluster: str | Cluster,
     strategy: str | Strategy = "auto",
+    pins: Mapping[str, Any] | None = None,
     top: int | None = None,
     specs: SpecMap | None = None,
     aliases: Mapping[str, str] | None = None,
     replicate: Iterable[str] = (),
     model_ref: ModelRef | None = None,
+    time_limit_s: float | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Plan | list[Plan]:
     """Searches the best plan for a step on a cluster.
@@ -104,7 +110,9 @@ def search(
             needs the batch alone.
         cluster: A `Cluster`, or its name such as `"h100:64"`.
         strategy: A `Strategy`, the name of a shipped one, or a TOML file.
-        top: Return this many different plans, the fastest first.
+        pins: Fields fixed by hand beyond the strategy's: `{"tensor": 8}`; see `solver`.
+        top: Return this many truly different plans, the fastest first: of another mesh,
+            storage, rules or remat.
         specs: Regular expression over the paths of arguments to what fixes them: a
             `PartitionSpec`, or one entry per dim (an axis, several, `""` for whole,
             `"*"` for open). The first that matches a path holds, before those of the
@@ -114,6 +122,9 @@ def search(
         replicate: Primitives, or kernels, without a factor rule that every device may
             compute whole; each use is listed in the plan.
         model_ref: Recorded in the plan, so that the command line can run it.
+        time_limit_s: Seconds after which no more candidates are begun with. What was
+            found until then, or until Ctrl-C, is returned; its certificate says how far
+            from the best it may be.
         log: Called with progress in words.
 
     Returns:
@@ -138,16 +149,21 @@ def search(
     """
     if top is not None and top < 1:
         raise InputError(f"top must be 1 or more; got {top}.")
-    chips = cluster if isinstance(cluster, Cluster) else _cluster(cluster)
-    policy = strategy if isinstance(strategy, Strategy) else load_strategy(strategy)
-    policy = policy.with_wishes(specs or {}, aliases or {}, replicate)
-    plans = search_plans(
-        fn, abstract_args, chips, policy, top=top or 1, model_ref=model_ref, log=log
+    program = solver(
+        fn,
+        *abstract_args,
+        cluster=cluster,
+        strategy=strategy,
+        pins=pins,
+        specs=specs,
+        aliases=aliases,
+        replicate=replicate,
+        model_ref=model_ref,
+        time_limit_s=time_limit_s,
+        log=log,
     )
+    plans = program.plans(top or 1)
     return plans if top is not None else plans[0]
-
-
-_cluster = cluster
 
 
 def check_rules(fn: Callable[..., Any], *abstract_args: Any) -> tuple[str, ...]:
@@ -286,9 +302,12 @@ __all__ = [
     "resolve",
     "save_plan",
     "search",
+    "size",
+    "solver",
     "strategy_names",
     "token_batch",
     "train_step",
     "validate",
     "verify_plan",
+    "why_not",
 ]

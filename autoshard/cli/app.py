@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from autoshard.cli import (
+    asking,
     calibrating,
     lists,
     planning,
@@ -75,6 +76,8 @@ app.command(
         "search llama3-8b --cluster h100:64 --batch 128 --seq 8192 -o plan.json",
         "search gpt2-1.5b --cluster v5p:4x4x4 --batch 512 --seq 1024 --strategy fsdp",
         "search ./config.json --cluster h100:8 --batch 8 --seq 4096 --top 5",
+        "search llama3-8b --cluster h100:64 --batch 128 --seq 8192 --set tensor=8",
+        "search gpt2-1.5b --cluster h100:8 --batch 64 --seq 1024 --pareto time,memory",
         "search my_package.models:build --cluster cpu:8 --batch 16 --seq 128 --json",
     )
 )(planning.search)
@@ -86,6 +89,19 @@ app.command(
         "explain plan.json --html report.html",
     )
 )(planning.explain)
+app.command(
+    epilog=_examples(
+        "why-not plan.json --set tensor=8",
+        "why-not plan.json --set remat=none --set microbatches=4 -o other.json",
+    )
+)(asking.why_not)
+app.command(
+    epilog=_examples(
+        "size llama3-8b --cluster h100 --batch 512 --seq 8192 "
+        "--target-tokens-per-s 500000",
+        "size llama3-8b --cluster v5e --batch 256 --seq 4096 --budget-gib 12",
+    )
+)(asking.size)
 app.command(epilog=_examples("compare a.json b.json", "compare a.json b.json --json"))(
     planning.compare
 )

@@ -29,6 +29,10 @@ StrategyHelp = (
     "A strategy's name, or a TOML file; 'autoshard strategies' lists them. "
     "'auto' leaves everything to the search."
 )
+SetHelp = (
+    "Fix a field: tensor=8, microbatches=4, remat=full, storage.optimizer=data+fsdp, "
+    "rules.vocab=none. The search fills the rest; can be repeated."
+)
 OptimizerHelp = "An optimizer of optax, such as adamw or sgd."
 UnrolledHelp = "Keep the layers apart in the program, without a loop over them."
 

@@ -9,6 +9,9 @@ import typer
 from autoshard.cli import options
 from autoshard.cli.output import Json, say, show, show_json
 
+_FRONT = 12
+"""Plans that `--pareto` lists."""
+
 
 def search(
     model: Annotated[
@@ -52,6 +55,29 @@ def search(
             "can be repeated.",
         ),
     ] = None,
+    pins: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help=options.SetHelp),
+    ] = None,
+    time_limit_s: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit-s",
+            metavar="S",
+            min=0,
+            help="Begin with no more candidates after so many seconds; the certificate "
+            "says how good the plan is then. Ctrl-C does the same.",
+        ),
+    ] = None,
+    pareto: Annotated[
+        str | None,
+        typer.Option(
+            "--pareto",
+            metavar="time,memory",
+            help="List the plans than which none is both faster and smaller, at most "
+            f"{_FRONT}.",
+        ),
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option("--top", metavar="K", min=1, help="List the K best plans."),
@@ -75,8 +101,15 @@ def search(
     """Find the fastest plan for a model on a cluster."""
     from autoshard import api
     from autoshard.cli.devices import plan_on_cpu
+    from autoshard.ir.errors import InputError
     from autoshard.report import table
+    from autoshard.search import parse_pins
 
+    if pareto is not None and sorted(pareto.split(",")) != ["memory", "time"]:
+        raise InputError(f"--pareto {pareto!r} was passed; it knows time,memory.")
+    if pareto is not None and (top or verify):
+        raise InputError("--pareto lists plans by itself; drop --top and --verify.")
+    fixed = parse_pins(pins or ())
     if output is not None:
         api.check_writable(output)  # before minutes are spent on the search
     plan_on_cpu()
@@ -92,16 +125,21 @@ def search(
     resolved = api.resolve(ref)
     for note in resolved.notes:
         say(note)
-    plans = api.search(
+    program = api.solver(
         resolved.step,
         resolved.batch,
         cluster=cluster,
         strategy=strategy,
-        top=max(top or 1, verify or 1),
+        pins=fixed,
         replicate=replicate or (),
         model_ref=resolved.ref,
+        time_limit_s=time_limit_s,
         log=say,
     )
+    if pareto is not None:
+        plans = program.front(_FRONT)
+    else:
+        plans = program.plans(max(top or 1, verify or 1))
     if verify is not None:
         from autoshard.cli import verified
 
@@ -109,17 +147,17 @@ def search(
         plans = [*(plan for plan, _ in ranked), *plans[verify:]]
         if not as_json:
             show(verified.ranking(ranked))
-    plans = plans[: max(top or 1, verify or 1)]
+    listed = top is not None or pareto is not None
     best = plans[0]
     if output is not None:
         api.save_plan(best, output)
         say(f"wrote {output}")
     if as_json:
         documents = [plan.model_dump(mode="json") for plan in plans]
-        show_json(documents[0] if top is None else documents)
+        show_json(documents if listed else documents[0])
         return
     show(best)
-    if top is not None:
+    if listed:
         show("")
         show(table.ranking(plans))
 

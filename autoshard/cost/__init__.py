@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from autoshard.cost.estimate import estimate, model_flops
+from autoshard.cost.estimate import estimate, fastest_s, model_flops, tokens_per_step
 from autoshard.cost.price import Pricer, Prices
 
-__all__ = ["Pricer", "Prices", "estimate", "model_flops"]
+__all__ = [
+    "Pricer",
+    "Prices",
+    "estimate",
+    "fastest_s",
+    "model_flops",
+    "tokens_per_step",
+]

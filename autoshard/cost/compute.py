@@ -110,13 +110,16 @@ class Compute:
         self._batch = {c for c, n in names.items() if "batch" in n}
         self._moved = [self._traffic(kernel) for kernel in self.kernels]
 
-    def times(self, meshes: Meshes, cuts: Vector, rates: Rates) -> Iterator[KernelTime]:
+    def times(
+        self, meshes: Meshes, cuts: Vector, rates: Rates, update: bool = True
+    ) -> Iterator[KernelTime]:
         """Every kernel, and what all of its runs in a step take.
 
         Args:
             meshes: The candidates.
             cuts: float64[candidate]; pieces the batch is cut into.
             rates: Of the chip.
+            update: Whether those of the optimizer are among them.
 
         Raises:
             InputError: The chip has no peak for a dtype the program multiplies in.
@@ -124,6 +127,8 @@ class Compute:
         work = self.work
         for kernel, moved in zip(self.kernels, self._moved, strict=True):
             if kernel.kind == "copy" and meshes.cluster.kind != "tpu":
+                continue
+            if work.update[kernel.op] and not update:
                 continue
             repeats = work.runs[kernel.op] * (1.0 if work.update[kernel.op] else cuts)
             bytes_ = np.zeros(len(meshes))

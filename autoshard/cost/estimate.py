@@ -8,6 +8,7 @@ import numpy as np
 
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.compute import product_dtype
+from autoshard.cost.constants import Constants
 from autoshard.cost.price import MEMORY_HEADROOM, Pricer
 from autoshard.cost.rates import Rates
 from autoshard.cost.work import Work
@@ -29,6 +30,27 @@ def model_flops(work: Work, classes: DimClasses) -> float:
         for runs, flops, rule in zip(work.runs, work.flops, classes.rules, strict=True)
         if rule.op_kind == "matmul"
     )
+
+
+def fastest_s(
+    program: Program,
+    classes: DimClasses,
+    work: Work,
+    cluster: Cluster,
+    constants: Constants | None = None,
+) -> float:
+    """Seconds that no way of spreading a program over a cluster can stay below.
+
+    All chips are busy with nothing but its matrix products, none of them twice, at the
+    rate of the best shapes.
+    """
+    share = Rates.of(cluster, constants or Constants.shipped()).product_share
+    total_s = 0.0
+    for op, rule in zip(program.ops, classes.rules, strict=True):
+        if rule.op_kind == "matmul":
+            flops = work.runs[op.index] * work.flops[op.index]
+            total_s += flops / cluster.peak_flops_per_s(product_dtype(program, op))
+    return total_s / (share * cluster.num_chips)
 
 
 def tokens_per_step(traced: Traced) -> int:

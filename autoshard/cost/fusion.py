@@ -316,21 +316,22 @@ class _Fusion:
     ) -> tuple[int, Kernel]:
         """A kernel for a recipe: one of its shape that reads the same, or a new one."""
         latest = max((self._when(v) for v in recipe.reads), default=-1)
+        size, group = self._numel(space), self._group(op.index)
         for index in range(len(self.found) - 1, max(latest - 1, -1), -1):
             kernel = self.found[index]
+            if (
+                kernel.kind != kind
+                or index in self.closed
+                or self._numel(kernel.space) != size
+                or self._group(kernel.op) != group
+            ):
+                continue
             shared = recipe.reads.keys() & {*kernel.reads, *kernel.writes}
             waits = any(
                 self.home.get(v) == index and (v in self.ended or kind == "reduce")
                 for v in recipe.reads
             )
-            if (
-                kernel.kind != kind
-                or waits
-                or index in self.closed
-                or self._group(kernel.op) != self._group(op.index)
-                or self._numel(kernel.space) != self._numel(space)
-                or all(self._numel(v) == 1 for v in shared)
-            ):
+            if waits or all(self._numel(v) == 1 for v in shared):
                 continue
             kernel.ops += recipe.ops
             self._read(kernel, recipe)

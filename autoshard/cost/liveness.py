@@ -97,6 +97,10 @@ class Liveness:
             table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
         return table
 
+    def held_bytes(self, meshes: Meshes) -> Vector:
+        """Bytes of all arguments on one device: the peak is not below them."""
+        return sum(self.state_bytes(meshes).values(), np.zeros(len(meshes)))
+
     def memory(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, dict[str, Vector]]:
         """Peak bytes per device, and what is alive at the peak, by kind.
 

@@ -119,6 +119,35 @@ class Pricer:
         hidden = ahead + after + between - shown
         return Prices(matmul, other, shown, peak, hidden)
 
+    def floor_s(
+        self,
+        cluster: Cluster,
+        sizes: np.ndarray[Any, np.dtype[np.int64]],
+        microbatches: Vector,
+    ) -> Vector:
+        """Seconds that a step takes at least, however state is stored.
+
+        The kernels of the forward and backward passes and the collectives on
+        activations depend on rules and remat alone: no storage of parameters, gradients
+        and optimizer state makes a candidate with the same rules faster.
+
+        Args:
+            cluster: As in `price`.
+            sizes: As in `price`.
+            microbatches: As in `price`.
+        """
+        meshes = Meshes(cluster, sizes)
+        rates = Rates.of(cluster, self.constants)
+        found, between = np.zeros(len(meshes)), np.zeros(len(meshes))
+        for time in self.compute.times(meshes, microbatches, rates, update=False):
+            found += time.total_s
+        for index in range(len(self.moves)):
+            if index not in self._prefetched and index not in self._trailing:
+                for _, time, _, _ in self.collective(index, meshes, microbatches):
+                    between += time
+        none = np.zeros(len(meshes))
+        return found + self._exposed(cluster, none, none, none, between)
+
     def _exposed(
         self,
         cluster: Cluster,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tempfile
 import tomllib
 from importlib import resources
@@ -64,10 +65,25 @@ def load_strategy(name_or_path: str) -> Strategy:
                 f"{', '.join(strategy_names())}.{hint}"
             )
     try:
-        document = tomllib.loads(source.read_text(encoding="utf-8"))
+        text = source.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"strategy {source}: cannot be read: {error}") from error
-    return _validated(Strategy, document, f"strategy {source}")
+    strategy = _validated(Strategy, document, f"strategy {source}")
+    return strategy.placed(_places(text, source.name))
+
+
+def _places(text: str, name: str) -> dict[str, str]:
+    """File and line of every field of a strategy file, by the key of the field."""
+    found: dict[str, str] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if head := re.match(r"\s*\[([\w.]+)\]", line):
+            section = head[1]
+        elif entry := re.match(r'\s*("?)([\w.]+)\1\s*=', line):
+            prefix = "" if section in ("", "mesh", "schedule") else f"{section}."
+            found.setdefault(prefix + entry[2], f"{name}:{number}")
+    return found
 
 
 def _validated(model: Any, document: Any, what: str) -> Any:

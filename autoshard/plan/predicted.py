@@ -87,7 +87,13 @@ class Certificate(Record):
         enumerated: Candidates priced.
         indivisible: Candidates left out because a dim does not divide.
         infeasible: Candidates that do not fit in memory.
-        complete: Whether every candidate of the space was priced.
+        alike: Candidates left out because another one is the same plan: they differ
+            only along axes of one device.
+        pruned: Candidates not priced, as a bound on their time shows that they are not
+            the best.
+        left: Structures (rules, storage, remat) that a time limit or an interruption
+            left unpriced.
+        complete: Whether every candidate of the space was priced or ruled out.
     """
 
     lower_bound_s: float
@@ -95,4 +101,7 @@ class Certificate(Record):
     enumerated: int
     indivisible: int
     infeasible: int
+    alike: int = 0
+    pruned: int = 0
+    left: int = 0
     complete: bool

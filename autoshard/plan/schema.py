@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jax.sharding import PartitionSpec
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from autoshard.ir.errors import NameUnknownError
 from autoshard.ir.mesh import AXES, check_axis
@@ -114,6 +114,27 @@ class Strategy(Record):
     specs: dict[str, tuple[str | Axes, ...]] = Field(default_factory=dict)
     aliases: dict[str, str] = Field(default_factory=dict)
     replicate: tuple[str, ...] = ()
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def places(self) -> Mapping[str, str]:
+        """Where fields were fixed, by key, as far as that is known."""
+        return self._places
+
+    def where(self, key: str) -> str:
+        """Where a field was fixed, ` (my.toml:7)`; empty if that is not known.
+
+        Args:
+            key: `tensor`, `microbatches`, `storage.params`, `rules.vocab` and the like.
+        """
+        place = self._places.get(key)
+        return f" ({place})" if place else ""
+
+    def placed(self, places: Mapping[str, str]) -> Strategy:
+        """The same strategy, and where fields of it were fixed, by key."""
+        found = self.model_copy()
+        found._places = {**self._places, **places}
+        return found
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -170,7 +191,7 @@ class Strategy(Record):
                 "aliases": {**self.aliases, **aliases},
                 "replicate": tuple(dict.fromkeys((*self.replicate, *replicate))),
             }
-        )
+        ).placed(self._places)
 
     def _check(self, axes: Axes | Auto, where: str) -> None:
         if axes == "auto":

@@ -152,7 +152,8 @@ class Wants:
 
         The residual rule holds for activations (values computed from the data) in
         which nothing else takes its axes: always if they have the embed dim, else
-        only if the op that makes them makes them so.
+        only if the op that makes them makes them so. It shards its dim beyond what a
+        rule for all activations shards of it.
 
         Args:
             value: The value.
@@ -185,20 +186,26 @@ class Wants:
         residual = any(c in self._embed_like for c in classes)
         for d, cls in enumerate(classes):
             axes = self.weak.get(cls)
-            if axes is None or dims[d] or record.shape[d] == 1:
+            if axes is None or record.shape[d] == 1:
                 continue
             if fixed is not None and fixed[d] is not None:
                 continue
+            if dims[d] != self._strong_axes(cls):
+                continue  # another dim has taken them
             if any(set(axes) & set(taken) for taken in dims):
                 continue
-            if residual or (natural is not None and natural[d] == axes):
-                dims[d] = axes
+            together = (*dims[d], *axes)
+            if residual or (natural is not None and natural[d] == together):
+                dims[d] = together
         return tuple(dims)
+
+    def _strong_axes(self, cls: int) -> Axes:
+        return self.strong[cls][1] if cls in self.strong else ()
 
     def is_residual(self, value: int, spec: Dims) -> bool:
         """Whether some dim is sharded by a residual rule alone."""
         return bool(self.weak) and any(
-            axes and self.weak.get(cls) == axes
+            cls in self.weak and axes == (*self._strong_axes(cls), *self.weak[cls])
             for axes, cls in zip(spec, self.classes.of_value[value], strict=True)
         )
 

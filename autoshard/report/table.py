@@ -116,7 +116,8 @@ def predicted_lines(document: Document) -> list[tuple[str, str]]:
     """The predictions and their certificate as pairs of a name and a line."""
     p, c = document["predicted"], document["certificate"]
     speed = f", {count_text(p['tokens_per_s'])} tokens/s" if p["tokens_per_s"] else ""
-    extent = "all of the space" if c["complete"] else "not all of the space"
+    left = f"{c['left']} structures left, time ran out" if c["left"] else ""
+    extent = "all of the space" if c["complete"] else left or "not all of the space"
     return [
         (
             "predicted",
@@ -127,7 +128,8 @@ def predicted_lines(document: Document) -> list[tuple[str, str]]:
             "certificate",
             f"lower bound {seconds_text(c['lower_bound_s'])}, gap "
             f"{percent_text(c['gap'])}; {c['enumerated']} candidates priced "
-            f"({extent}), {c['infeasible']} too large, {c['indivisible']} indivisible",
+            f"({extent}), {c['pruned']} ruled out by a bound, {c['infeasible']} too "
+            f"large, {c['indivisible']} indivisible",
         ),
     ]
 

@@ -34,6 +34,16 @@ class _Demand:
     words: Callable[[], str]
 
 
+def batch_divides(
+    pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
+) -> np.ndarray:
+    """Which candidates divide the batch, whatever else they do; as `divisible`."""
+    fits = np.ones(len(sizes), dtype=bool)
+    for demand in _batch(pricer, sizes, cuts, batch):
+        fits &= demand.met
+    return fits
+
+
 def divisible(
     pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
 ) -> np.ndarray:
@@ -69,7 +79,7 @@ def what_fails(
     return found
 
 
-def _demands(
+def _batch(
     pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
 ) -> Iterator[_Demand]:
     sharded = pricer.sharded
@@ -97,6 +107,17 @@ def _demands(
                 compute[0],
                 pieces(compute[0]),
             )
+
+
+def _demands(
+    pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
+) -> Iterator[_Demand]:
+    sharded = pricer.sharded
+    yield from _batch(pricer, sizes, cuts, batch)
+
+    def product(axes: tuple[str, ...]) -> np.ndarray:
+        return sizes[:, [AXES.index(a) for a in axes]].prod(axis=1)
+
     for size, axes in sorted(sharded.divides):
         ways = product(axes)
         met = size % ways == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import AutoshardError
-from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.files import load_strategy
-from autoshard.plan.schema import Schedule, Strategy
+from autoshard.plan.schema import Strategy
+from autoshard.search.candidates import Candidates, Space
 from autoshard.search.divisible import what_fails
+from autoshard.search.explore import Explored
+from autoshard.search.pinning import fixed_fields, opened
 
 _MAX_GROWTH = 4096
 
@@ -25,9 +28,11 @@ def _gib(bytes_: float) -> str:
     return f"{bytes_ / 1024:.1f} KiB"
 
 
-def explain_indivisible(space: Any, groups: list[Any], cluster: Cluster) -> str:
+def explain_indivisible(
+    space: Space, groups: list[Candidates], cluster: Cluster, strategy: Strategy
+) -> str:
     """Says which dims keep every mesh from dividing, with the parameters' paths."""
-    strategy, batch = groups[0].strategy, space.batch()
+    batch = space.batch()
     grid, cuts = space.candidates(strategy, cluster)
     blame: Counter[str] = Counter()
     for group in groups:
@@ -42,24 +47,26 @@ def explain_indivisible(space: Any, groups: list[Any], cluster: Cluster) -> str:
     )
 
 
-def _smallest(groups: list[Any]) -> tuple[float, Any, int]:
-    best: tuple[float, Any, int] | None = None
-    for group in groups:
-        if len(group.peak_bytes):
-            k = int(np.argmin(group.peak_bytes))
-            if best is None or group.peak_bytes[k] < best[0]:
-                best = (float(group.peak_bytes[k]), group, k)
-    assert best is not None
-    return best
+def _smallest(explored: Explored) -> tuple[Candidates, int]:
+    """The candidate that needs the least memory."""
+    groups = [g for g in explored.groups if len(g.peak_bytes)]
+    group = min(groups, key=lambda g: float(g.peak_bytes.min()))
+    return group, int(np.argmin(group.peak_bytes))
 
 
-def _fits(space: Any, strategy: Strategy, cluster: Cluster) -> bool:
+def _fastest(space: Space, strategy: Strategy, cluster: Cluster) -> float | None:
+    """Seconds a step of the best that fits, None if nothing does."""
+    capacity = cluster.hbm_bytes * MEMORY_HEADROOM
     try:
         groups = space.price(strategy, cluster)
     except AutoshardError:
-        return False
-    capacity = cluster.hbm_bytes * MEMORY_HEADROOM
-    return any((g.peak_bytes <= capacity).any() for g in groups)
+        return None
+    times = [
+        float(g.step_s[fits].min())
+        for g in groups
+        if (fits := g.peak_bytes <= capacity).any()
+    ]
+    return min(times, default=None)
 
 
 def _grown(cluster: Cluster, factor: int) -> Cluster | None:
@@ -89,66 +96,113 @@ def _grown(cluster: Cluster, factor: int) -> Cluster | None:
 
 
 def explain_no_fit(
-    space: Any, groups: list[Any], cluster: Cluster, strategy: Strategy
+    space: Space, explored: Explored, cluster: Cluster, strategy: Strategy
 ) -> str:
-    """Says how much memory is missing and the smallest change that would fit."""
-    least, group, k = _smallest(groups)
-    capacity = cluster.hbm_bytes * MEMORY_HEADROOM
-    sizes = dict(zip(AXES, group.sizes[k].tolist(), strict=True))
-    mesh = " x ".join(f"{a}={n}" for a, n in sizes.items() if n > 1) or "one chip"
-    missing = least - capacity
+    """Says how much memory is missing, what is in conflict, and what would fit.
+
+    Every change is priced: what it would make of the step.
+    """
+    group, k = _smallest(explored)
+    least, capacity = float(group.peak_bytes[k]), explored.capacity
+    mesh = " x ".join(f"{a}={n}" for a, n in group.mesh(k).items() if n > 1)
     lines = [
         f"no plan of strategy {strategy.name!r} fits {cluster.name}: the smallest "
-        f"({mesh}, {int(group.cuts[k])} microbatches, remat "
-        f"{group.strategy.schedule.remat}) needs {_gib(least)} a chip, "
-        f"{_gib(capacity)} can be used, {_gib(missing)} are missing."
+        f"({mesh or 'one chip'}, {int(group.cuts[k])} microbatches, remat "
+        f"{group.remat}) needs {_gib(least)} a chip, {_gib(capacity)} can be used, "
+        f"{_gib(least - capacity)} are missing."
     ]
-    change = _smallest_change(space, cluster, strategy)
+    if explored.left:
+        lines.append(
+            f"{explored.left} structures were left unpriced ({explored.why}): more "
+            "time may find one."
+        )
+    conflict, changes = conflicts(space, cluster, strategy)
+    if conflict:
+        lines.append(f"In conflict: {'; '.join(conflict)}.")
+    auto = load_strategy("auto")
+    chosen = [strategy] if strategy.name == "auto" else [strategy, auto]
+    if not changes and strategy.name != "auto":
+        step_s = _fastest(space, auto, cluster)
+        if step_s is not None:
+            changes.append(("--strategy auto on the same chips", step_s))
+    changes += _more_chips(space, cluster, chosen)
+    said = "; ".join(f"{text} ({step_s:.4g} s a step)" for text, step_s in changes)
     lines.append(
-        f"The smallest change that fits: {change}."
-        if change
+        f"What would fit: {said}."
+        if changes
         else f"Nothing tried fits, up to {_MAX_GROWTH} times the chips; use a smaller "
         "batch, sequence or model, or chips with more memory."
     )
     return " ".join(lines)
 
 
-def _smallest_change(space: Any, cluster: Cluster, strategy: Strategy) -> str | None:
-    schedule = strategy.schedule
-    if schedule.remat == "none":
-        eased = schedule.model_copy(update={"remat": "full"})
-        if _fits(space, strategy.model_copy(update={"schedule": eased}), cluster):
-            return "remat = 'full' in the strategy's [schedule]"
-    if schedule.microbatches != "auto":
-        eased = schedule.model_copy(update={"microbatches": "auto"})
-        if _fits(space, strategy.model_copy(update={"schedule": eased}), cluster):
-            return "microbatches = 'auto' in the strategy's [schedule]"
-    open_schedule = strategy.model_copy(
-        update={"schedule": Schedule(microbatches="auto", remat="auto")}
+def conflicts(
+    space: Space, cluster: Cluster, strategy: Strategy
+) -> tuple[list[str], list[tuple[str, float]]]:
+    """The smallest set of fixed fields in conflict, and the nearest changes that fit.
+
+    All of the strategy's fields are made holes and the space is priced once. A fitting
+    candidate breaks some of the fixed fields; those that break the fewest are the
+    nearest changes. A set of fields is in conflict if every fitting candidate breaks
+    one of them: the smallest hitting set of what the candidates break.
+
+    Returns:
+        The fields in conflict, in words with the place that fixed them; changes with
+        the seconds a step that they lead to, the fastest first. Nothing, where no
+        filling of the holes fits.
+    """
+    fixed = fixed_fields(strategy)
+    capacity = cluster.hbm_bytes * MEMORY_HEADROOM
+    fastest: dict[frozenset[str], float] = {}
+    for group in space.priced(opened(strategy, fixed), cluster, keep=strategy):
+        fits = group.peak_bytes <= capacity
+        if not fits.any():
+            continue
+        broken = {key: ~group.meets(key, value)[fits] for key, value in fixed.items()}
+        for k, step_s in enumerate(group.step_s[fits].tolist()):
+            keys = frozenset(key for key, mask in broken.items() if mask[k])
+            fastest[keys] = min(fastest.get(keys, step_s), step_s)
+    if not fastest:
+        return [], []
+    fewest = min(map(len, fastest))
+    near = sorted(
+        (s, sorted(keys)) for keys, s in fastest.items() if len(keys) == fewest
     )
-    if _fits(space, open_schedule, cluster):
-        return "microbatches = 'auto' and remat = 'auto' in the strategy's [schedule]"
-    auto = load_strategy("auto")
-    if strategy.name != "auto" and _fits(space, auto, cluster):
-        return "--strategy auto on the same chips"
-    return _more_chips(space, cluster, strategy, auto)
+    changes = [
+        (" and ".join(f"{key} = 'auto'" for key in keys), s) for s, keys in near[:3]
+    ]
+    smallest = next(
+        keys
+        for size in range(1, len(fixed) + 1)
+        for keys in itertools.combinations(fixed, size)
+        if all(not broken.isdisjoint(keys) for broken in fastest)
+    )
+    texts = [f"{key} = {_text(fixed[key])}{strategy.where(key)}" for key in smallest]
+    return texts, changes
+
+
+def _text(value: Any) -> str:
+    return str(value if isinstance(value, int | str) else list(value))
 
 
 def _more_chips(
-    space: Any, cluster: Cluster, strategy: Strategy, auto: Strategy
-) -> str | None:
+    space: Space, cluster: Cluster, chosen: list[Strategy]
+) -> list[tuple[str, float]]:
     """The fewest chips that fit: with this batch, else with a batch grown alike."""
     for grow_batch in (False, True):
         factor = 2
         while factor <= _MAX_GROWTH:
             larger = _grown(cluster, factor)
             there = space.with_batch_times(factor) if grow_batch else space
-            for chosen in (strategy, auto)[: 1 if strategy.name == "auto" else 2]:
-                if larger is None or not _fits(there, chosen, larger):
+            for strategy in chosen:
+                if larger is None:
+                    break
+                step_s = _fastest(there, strategy, larger)
+                if step_s is None:
                     continue
-                how = "" if chosen is strategy else " with --strategy auto"
+                how = "" if strategy is chosen[0] else " with --strategy auto"
                 if grow_batch:
                     how += f" and a batch of {there.batch()}"
-                return f"{larger.num_chips} chips ({larger.name}){how}"
+                return [(f"{larger.num_chips} chips ({larger.name}){how}", step_s)]
             factor *= 2
-    return None
+    return []

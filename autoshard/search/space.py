@@ -10,75 +10,127 @@ import numpy as np
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import Axes, Rule, Storage, Strategy
+from autoshard.plan.schema import STATES, Axes, Rule, Storage, Strategy
 
 _BATCH_AXES = ("data", "fsdp")
 _TENSOR = ("tensor",)
+KNOWN_RULES = (
+    "batch", "seq", "heads", "kv_heads", "mlp", "expert", "vocab", "seq.residual",
+)  # fmt: skip
+"""Rules that may be holes."""
 
 
 def _rule_domain(logical: str, mesh: dict[str, object]) -> list[Axes]:
     """What a rule that is a hole may become, for the axes the strategy has."""
+    tensor: list[Axes] = [_TENSOR, ()] if "tensor" in mesh else [()]
     if logical == "batch":
         return [tuple(a for a in _BATCH_AXES if a in mesh)]
-    if "tensor" not in mesh:
-        return [()]
-    if logical in ("heads", "kv_heads", "mlp", "expert"):
-        return [_TENSOR]
-    if logical in ("vocab", "seq.residual"):
-        return [_TENSOR, ()]
+    if logical == "seq":
+        return [tuple(a for a in ("context",) if a in mesh)]
+    if logical == "expert":
+        own: list[Axes] = [("expert",)] if "expert" in mesh else []
+        return [*own, *tensor]
+    if logical in KNOWN_RULES:
+        return tensor
     raise InputError(
         f"[rules] {logical} = 'auto' is a hole that search cannot fill: it knows "
-        "batch, heads, kv_heads, mlp, expert, vocab and seq.residual. Write the axes."
+        f"{', '.join(KNOWN_RULES)}. Write the axes."
     )
 
 
-def _storage_domain(storage: Storage, mesh: dict[str, object]) -> list[Storage]:
+def _storage_domain(
+    storage: Storage, mesh: dict[str, object], keep: Storage | None
+) -> list[Storage]:
     """Storage with its holes filled; state is never sharded less than what it updates.
 
-    Over `fsdp` everything is sharded (ZeRO-3); over `data` nothing, the optimizer
-    (ZeRO-1), or the optimizer and the gradients (ZeRO-2).
+    Over `fsdp` everything is sharded (ZeRO-3), and over `context`, whose devices hold
+    the same parameters, or not; over `data` nothing, the optimizer (ZeRO-1), or the
+    optimizer and the gradients (ZeRO-2), and over `context` with it.
     """
-    full = tuple(a for a in ("fsdp",) if a in mesh)
-    more = (*full, "data") if "data" in mesh else full
+    plain = tuple(a for a in ("fsdp",) if a in mesh)
+    whole = tuple(a for a in ("fsdp", "context") if a in mesh)
+    more = tuple(a for a in ("fsdp", "context", "data") if a in mesh)
 
-    def options(value: Axes | str, *choices: Axes) -> list[Axes]:
-        return list(dict.fromkeys(choices)) if value == "auto" else [tuple(value)]
+    def options(state: str, *choices: Axes) -> list[Axes]:
+        value = getattr(storage, state)
+        if value != "auto":
+            return [tuple(value)]
+        kept = getattr(keep, state) if keep else "auto"
+        return list(dict.fromkeys((*choices, *([] if kept == "auto" else [kept]))))
 
+    holes = [state for state in STATES if getattr(storage, state) == "auto"]
     found = []
     for params, gradients, optimizer in itertools.product(
-        options(storage.params, full),
-        options(storage.gradients, full, more),
-        options(storage.optimizer, full, more),
+        options("params", plain, whole),
+        options("gradients", plain, whole, more),
+        options("optimizer", plain, whole, more),
     ):
-        holes = (storage.gradients == "auto", storage.optimizer == "auto")
-        if all(holes) and not set(gradients) <= set(optimizer):
-            continue
-        found.append(Storage(params=params, gradients=gradients, optimizer=optimizer))
+        chosen = Storage(params=params, gradients=gradients, optimizer=optimizer)
+        sharded = [set(getattr(chosen, state)) for state in STATES if state in holes]
+        rising = all(a <= b for a, b in itertools.pairwise(sharded))
+        # Between the parameters' axes and all of them there is nothing to gain.
+        if len(holes) == len(STATES):
+            rising &= all(s in (set(params), set(more)) for s in sharded)
+        if rising or (keep is not None and chosen == keep):
+            found.append(chosen)
     return found
 
 
-def structures(strategy: Strategy) -> Iterator[Strategy]:
-    """Strategies in which only mesh sizes and microbatches are still holes."""
-    domains = [
-        _rule_domain(rule.logical, dict(strategy.mesh))
-        if rule.axes == "auto"
-        else [rule.axes]
-        for rule in strategy.rules
-    ]
+def _sensible(
+    asked: tuple[Rule, ...], chosen: tuple[Rule, ...], mesh: dict[str, object]
+) -> bool:
+    """Whether the holes are filled with something that no other filling is better than.
+
+    Keys and values are heads of attention too: to shard them while queries are whole
+    only adds a gather. Tensor parallelism of neither attention nor the MLP leaves its
+    devices to do the same work.
+    """
+    axes = {rule.logical: rule.axes for rule in chosen}
+    holes = {rule.logical for rule in asked if rule.axes == "auto"}
+    if {"heads", "kv_heads"} <= holes and axes["kv_heads"] and not axes["heads"]:
+        return False
+    if {"heads", "mlp"} <= holes and _TENSOR in _rule_domain("mlp", mesh):
+        return bool(axes["heads"] or axes["mlp"])
+    return True
+
+
+def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Strategy]:
+    """Strategies in which only mesh sizes and microbatches are still holes.
+
+    Args:
+        strategy: With any holes.
+        keep: A strategy whose fixed fields are among what the holes may become.
+    """
+    kept = {rule.logical: rule.axes for rule in keep.rules} if keep else {}
+    domains: list[list[Axes]] = []
+    for rule in strategy.rules:
+        if rule.axes != "auto":
+            domains.append([rule.axes])
+            continue
+        domain = _rule_domain(rule.logical, dict(strategy.mesh))
+        also = kept.get(rule.logical, "auto")
+        if isinstance(also, tuple) and also not in domain:
+            domain.append(also)
+        domains.append(domain)
     remats = (
         ("none", "full")
         if strategy.schedule.remat == "auto"
         else (strategy.schedule.remat,)
     )
-    for axes, storage, remat in itertools.product(
-        itertools.product(*domains),
-        _storage_domain(strategy.storage, dict(strategy.mesh)),
-        remats,
+    stored = _storage_domain(
+        strategy.storage, dict(strategy.mesh), keep.storage if keep else None
+    )
+    # Those of the same rules and remat come one after the other: they share bounds.
+    for axes, remat, storage in itertools.product(
+        itertools.product(*domains), remats, stored
     ):
         rules = tuple(
             Rule(logical=rule.logical, axes=chosen)
             for rule, chosen in zip(strategy.rules, axes, strict=True)
         )
+        wished = keep is not None and rules == keep.rules
+        if not wished and not _sensible(strategy.rules, rules, dict(strategy.mesh)):
+            continue
         yield strategy.model_copy(
             update={
                 "rules": rules,

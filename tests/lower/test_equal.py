@@ -19,6 +19,15 @@ CASES = [
     ("gpt2-tiny", False, "megatron-tp", 2, "full", {"data": 2, "tensor": 4}),
     ("llama3-tiny", True, "megatron-sp", 1, "none", {"data": 1, "tensor": 8}),
     ("gpt2-tiny", True, "fsdp-tp", 4, "none", {"data": 2, "fsdp": 2, "tensor": 2}),
+    (
+        "llama3-tiny",
+        True,
+        "fsdp-tp-cp",
+        2,
+        "full",
+        {"data": 1, "fsdp": 2, "context": 2},
+    ),
+    ("gpt2-tiny", False, "fsdp-tp-cp", 1, "none", {"data": 1, "fsdp": 1, "tensor": 2}),
 ]
 
 

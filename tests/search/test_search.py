@@ -19,7 +19,7 @@ from autoshard.plan.files import load_strategy
 from autoshard.plan.schema import Certificate, Rule, Storage
 from autoshard.search import search_plans
 from autoshard.search.finish import finish
-from autoshard.search.search import Sketch
+from autoshard.search.reading import Sketch
 
 NO_CERTIFICATE = Certificate(
     lower_bound_s=1e9, gap=0, enumerated=0, indivisible=0, infeasible=0, complete=True
@@ -63,15 +63,16 @@ def brute_force(step, batch, chips, batch_size):
         for cuts in range(1, batch_size + 1):
             if batch_size % (cuts * data * fsdp):
                 continue
-            for remat, extra, vocab, residual in itertools.product(
+            # The program has neither attention nor a vocabulary.
+            for remat, extra, mlp, residual in itertools.product(
                 ("none", "full"), (0, 1, 2), ((), ("tensor",)), ((), ("tensor",))
             ):
                 rules = {
                     "batch": ("data", "fsdp"),
                     "heads": ("tensor",),
                     "kv_heads": ("tensor",),
-                    "mlp": ("tensor",),
-                    "vocab": vocab,
+                    "mlp": mlp,
+                    "vocab": ("tensor",),
                     "seq.residual": residual,
                 }
                 strategy = auto.model_copy(

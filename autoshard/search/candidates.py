@@ -1,0 +1,355 @@
+"""The candidates of a space: structures, each with every mesh and microbatch count.
+
+A structure is a strategy in which only mesh sizes and microbatches are still holes. It
+is propagated once; all its candidates are priced together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from autoshard.cost import Pricer
+from autoshard.cost.collectives import Meshes
+from autoshard.ir.errors import InfeasibleError, InputError
+from autoshard.ir.mesh import AXES
+from autoshard.ir.trace import abstract
+from autoshard.ir.train_step import TrainStep
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.schema import STATES, Strategy
+from autoshard.plan.sharded import Layout
+from autoshard.propagate import propagate
+from autoshard.search import space
+from autoshard.search.divisible import batch_divides, divisible
+from autoshard.search.reading import Sketch, fixed_sizes
+
+Log = Callable[[str], None]
+
+
+@dataclass
+class Watch:
+    """What candidates must be below to be priced, and how many were not.
+
+    Attributes:
+        step_s: Seconds a step; may be lowered between two structures.
+        bytes_: Of a chip's memory.
+        visited: Structures looked at.
+        alike: Candidates that are what another structure is: where the two differ, the
+            mesh has one device.
+        pruned: Candidates that a bound on their time ruled out.
+        indivisible: Candidates of which a dim does not divide.
+        too_large: Candidates whose state alone does not fit in memory.
+    """
+
+    step_s: float = float("inf")
+    bytes_: float = float("inf")
+    visited: int = 0
+    alike: int = 0
+    pruned: int = 0
+    indivisible: int = 0
+    too_large: int = 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All candidates of one structure, priced.
+
+    Attributes:
+        strategy: The structure.
+        pricer: It propagated.
+        sizes: Mesh sizes, int64[candidate, axis].
+        cuts: Microbatches, int64[candidate].
+        step_s: Seconds a step, float64[candidate].
+        peak_bytes: Per chip, float64[candidate].
+    """
+
+    strategy: Strategy
+    pricer: Pricer
+    sizes: np.ndarray
+    cuts: np.ndarray
+    step_s: np.ndarray
+    peak_bytes: np.ndarray
+
+    @cached_property
+    def remat(self) -> str:
+        """What the backward pass recomputes."""
+        return self.strategy.schedule.remat
+
+    def mesh(self, k: int) -> dict[str, int]:
+        """Size of every axis in a candidate."""
+        return dict(zip(AXES, self.sizes[k].tolist(), strict=True))
+
+    def filled(self, k: int) -> Strategy:
+        """The strategy of a candidate, which has no holes."""
+        sizes = self.mesh(k)
+        return self.strategy.model_copy(
+            update={
+                "mesh": {axis: sizes[axis] for axis in self.strategy.mesh},
+                "schedule": self.strategy.schedule.model_copy(
+                    update={"microbatches": int(self.cuts[k])}
+                ),
+            }
+        )
+
+    def meets(self, key: str, value: Any) -> np.ndarray:
+        """Which candidates have a field as it is fixed, bool[candidate].
+
+        Args:
+            key: As in `pinning.fixed_fields`.
+            value: Of the field. Axes of one device make no difference.
+        """
+        section, _, name = key.partition(".")
+        if key in AXES:
+            return self.sizes[:, AXES.index(key)] == value
+        if key == "microbatches":
+            return self.cuts == value
+        if key == "remat":
+            return np.full(len(self.sizes), self.remat == value)
+        if section == "storage":
+            axes = getattr(self.strategy.storage, name)
+        else:
+            [axes] = [r.axes for r in self.strategy.rules if r.logical == name]
+        apart = frozenset() if axes == value else set(axes) ^ set(value) or set(axes)
+        columns = [AXES.index(a) for a in sorted(apart)]
+        return (self.sizes[:, columns] == 1).all(axis=1)
+
+    def identity(self, k: int) -> Any:
+        """What makes a candidate a truly different plan.
+
+        Axes of one device do nothing, and another number of microbatches alone is not
+        another plan.
+        """
+        sizes = self.mesh(k)
+
+        def active(axes: Any) -> tuple[str, ...]:
+            return tuple(a for a in axes if sizes[a] > 1)
+
+        storage = self.strategy.storage
+        return (
+            tuple(self.sizes[k].tolist()),
+            self.remat,
+            tuple((r.logical, active(r.axes)) for r in self.strategy.rules),
+            active(storage.params),
+            active(storage.gradients),
+            active(storage.optimizer),
+        )
+
+
+@dataclass
+class Space:
+    """Prices the structures of a strategy for one program."""
+
+    fn: Any
+    args: tuple[Any, ...]
+    log: Log
+    strategy: Strategy
+
+    def __post_init__(self) -> None:
+        self._sketches: dict[str, Sketch | None] = {}
+        self._pricers: dict[Any, Pricer] = {}
+
+    def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
+        """The program traced without microbatches, with or without remat."""
+        if remat not in self._sketches:
+            fn = self.fn
+            if isinstance(fn, TrainStep):
+                fn = fn.with_schedule(microbatches=1, remat=remat)
+            elif remat != "none":
+                if required:
+                    raise InputError(
+                        "the strategy fixes remat = 'full', but a plain function "
+                        "cannot be rematerialised: build it with "
+                        "autoshard.train_step(loss_fn, optimizer, model=...)."
+                    )
+                return None
+            try:
+                self._sketches[remat] = Sketch.of(fn, self.args, self.strategy)
+            except InputError:
+                if required or remat == "none":
+                    raise
+                self.log("remat 'full' left out: no block repeats in the loss function")
+                self._sketches[remat] = None
+        return self._sketches[remat]
+
+    def batch(self) -> int:
+        """Leading dim of the data inputs."""
+        sketch = self.sketch("none")
+        assert sketch is not None
+        sizes = {
+            i.shape[0] for i in sketch.traced.inputs if i.state == "data" and i.shape
+        }
+        if len(sizes) > 1:
+            raise InputError(
+                f"the data inputs disagree on the batch size: leading dims "
+                f"{sorted(sizes)}; give every leaf of the batch the same leading dim."
+            )
+        return next(iter(sizes), 0)
+
+    def with_batch_times(self, factor: int) -> Space:
+        """The same program on a batch `factor` times as large."""
+        *state, batch = self.args
+        larger = jax.tree.map(
+            lambda x: (
+                jax.ShapeDtypeStruct((x.shape[0] * factor, *x.shape[1:]), x.dtype)
+                if x.shape
+                else x
+            ),
+            abstract(batch),
+        )
+        return Space(self.fn, (*state, larger), self.log, self.strategy)
+
+    def meshes(self, strategy: Strategy, cluster: Cluster) -> np.ndarray:
+        """The meshes that the program's own manual regions allow, int64[mesh, axis].
+
+        Raises:
+            InfeasibleError: None.
+        """
+        rows = space.meshes(strategy, cluster)
+        sketch = self.sketch("none")
+        assert sketch is not None
+        for axis, size in fixed_sizes(sketch).items():
+            column = rows[:, AXES.index(axis)]
+            if not (column == size).any():
+                raise InfeasibleError(
+                    f"a shard_map of the program is written for {size} devices along "
+                    f"{axis!r}, but strategy {strategy.name!r} on {cluster.name} has "
+                    f"it only in sizes {sorted(set(column.tolist()))}; set [mesh] "
+                    f"{axis} = {size}, or change the shard_map."
+                )
+            rows = rows[column == size]
+        return rows
+
+    def candidates(
+        self, strategy: Strategy, cluster: Cluster
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mesh sizes, int64[candidate, axis], and microbatches, int64[candidate]."""
+        rows = self.meshes(strategy, cluster)
+        cuts = space.microbatches(
+            strategy, self.batch(), isinstance(self.fn, TrainStep)
+        )
+        pieces = np.tile(np.array(cuts, dtype=np.int64), len(rows))
+        return np.repeat(rows, len(cuts), axis=0), pieces
+
+    def price(self, strategy: Strategy, cluster: Cluster) -> list[Candidates]:
+        """Prices every candidate of every structure."""
+        return list(self.priced(strategy, cluster))
+
+    def priced(
+        self,
+        strategy: Strategy,
+        cluster: Cluster,
+        keep: Strategy | None = None,
+        watch: Watch | None = None,
+        bounded: bool = False,
+    ) -> Iterator[Candidates]:
+        """The structures one after the other, each with its candidates priced.
+
+        Args:
+            strategy: Which fields are fixed and which are holes.
+            cluster: Where.
+            keep: A strategy whose fixed fields are among what the holes may become.
+            watch: What need not be priced, and where it is counted.
+            bounded: Whether there is anything that need not be priced.
+        """
+        required = strategy.schedule.remat != "auto"
+        batch = self.batch()
+        grid, cuts = self.candidates(strategy, cluster)
+        watch = watch or Watch()
+        earlier: list[Strategy] = []
+        family: Any = None
+        floor_s = np.zeros(len(grid))
+        for structure in space.structures(strategy, keep):
+            watch.visited += 1
+            sketch = self.sketch(structure.schedule.remat, required=required)
+            if sketch is None:
+                continue
+            new = _distinct(structure, earlier, grid)
+            earlier.append(structure)
+            if bounded and (structure.rules, structure.schedule) != family:
+                family = structure.rules, structure.schedule
+                floor_s = self._floor_s(structure, sketch, cluster, grid, cuts, batch)
+            here = new & (floor_s <= watch.step_s)
+            watch.alike += int((~new).sum())
+            watch.indivisible += int((new & np.isnan(floor_s)).sum())
+            watch.pruned += int((new & (floor_s > watch.step_s)).sum())
+            if not here.any():
+                continue
+            pricer = self._pricer(structure, sketch)
+            fits = divisible(pricer, grid[here], cuts[here], batch)
+            watch.indivisible += int((~fits).sum())
+            sizes, pieces = grid[here][fits], cuts[here][fits]
+            if bounded:
+                held = pricer.liveness.held_bytes(Meshes(cluster, sizes))
+                small = held <= watch.bytes_
+                watch.too_large += int((~small).sum())
+                sizes, pieces = sizes[small], pieces[small]
+            prices = pricer.price(cluster, sizes, pieces.astype(np.float64))
+            yield Candidates(
+                strategy=structure,
+                pricer=pricer,
+                sizes=sizes,
+                cuts=pieces,
+                step_s=prices.step_s,
+                peak_bytes=prices.peak_bytes,
+            )
+
+    def _floor_s(
+        self,
+        structure: Strategy,
+        sketch: Sketch,
+        cluster: Cluster,
+        grid: np.ndarray,
+        cuts: np.ndarray,
+        batch: int,
+    ) -> np.ndarray:
+        """Bounds of all structures with these rules and remat, float64[candidate].
+
+        NaN where the batch does not divide, whatever the storage.
+        """
+        pricer = self._pricer(structure, sketch)
+        floor_s = np.full(len(grid), np.nan)
+        fits = batch_divides(pricer, grid, cuts, batch)
+        floor_s[fits] = pricer.floor_s(cluster, grid[fits], cuts[fits].astype(float))
+        return floor_s
+
+    def _pricer(self, structure: Strategy, sketch: Sketch) -> Pricer:
+        layout = Layout.of(structure)
+        states = (layout.params, layout.gradients, layout.optimizer)
+        key = (structure.schedule.remat, layout.rules, states)
+        if key not in self._pricers:
+            sharded = propagate(sketch.traced, sketch.classes, layout)
+            self._pricers[key] = Pricer(sharded, sketch.work)
+        return self._pricers[key]
+
+
+def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:
+    """The axes that two structures use differently; None if they differ otherwise."""
+    if a.schedule != b.schedule:
+        return None
+    pairs = [(x.axes, y.axes) for x, y in zip(a.rules, b.rules, strict=True)]
+    pairs += [
+        (getattr(a.storage, state), getattr(b.storage, state)) for state in STATES
+    ]
+    found: set[str] = set()
+    for one, other in pairs:
+        if one != other:
+            apart = set(one) ^ set(other)
+            found |= apart or set(one)
+    return frozenset(found)
+
+
+def _distinct(
+    structure: Strategy, earlier: list[Strategy], sizes: np.ndarray
+) -> np.ndarray:
+    """Which meshes make this structure another than all earlier ones, bool[mesh]."""
+    new = np.ones(len(sizes), dtype=bool)
+    apart = {axes for e in earlier if (axes := _differing(structure, e)) is not None}
+    for axes in sorted(apart, key=sorted):
+        columns = [AXES.index(a) for a in sorted(axes)]
+        new &= (sizes[:, columns] > 1).any(axis=1)
+    return new

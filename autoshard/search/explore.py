@@ -1,0 +1,157 @@
+"""Exploring a space: what was found, what was left, and how good that is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from autoshard.cost import fastest_s
+from autoshard.cost.price import MEMORY_HEADROOM
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.schema import Strategy
+from autoshard.search import space
+from autoshard.search.candidates import Candidates, Space, Watch
+
+_PROGRESS_EVERY_S = 1.0
+
+Entry = tuple[float, float, int, int]
+"""Seconds, bytes, number of the group and index in it, of a candidate that fits."""
+
+
+@dataclass(frozen=True)
+class Explored:
+    """A space, priced as far as time allowed.
+
+    Attributes:
+        groups: Structures with their candidates.
+        capacity: Bytes of a chip that a program may use.
+        watch: How many candidates were left out, and why.
+        floor_s: No structure that was left has a faster candidate; infinite if none was
+            left.
+        left: Structures that were left.
+        why: Why they were left: empty, "time limit" or "interrupted".
+    """
+
+    groups: tuple[Candidates, ...]
+    capacity: float
+    watch: Watch
+    floor_s: float
+    left: int
+    why: str
+
+    @property
+    def enumerated(self) -> int:
+        """Candidates that were priced."""
+        return sum(len(g.sizes) for g in self.groups)
+
+    @property
+    def infeasible(self) -> int:
+        """Candidates that do not fit in memory."""
+        priced = sum(int((g.peak_bytes > self.capacity).sum()) for g in self.groups)
+        return priced + self.watch.too_large
+
+    @cached_property
+    def ranked(self) -> list[Entry]:
+        """Those that fit, the fastest first."""
+        return sorted(
+            (float(group.step_s[k]), float(group.peak_bytes[k]), number, int(k))
+            for number, group in enumerate(self.groups)
+            for k in np.flatnonzero(group.peak_bytes <= self.capacity)
+        )
+
+    @property
+    def lower_bound_s(self) -> float:
+        """No candidate that fits is predicted faster."""
+        best = self.ranked[0][0] if self.ranked else float("inf")
+        return min(best, self.floor_s)
+
+    def front(self) -> list[Entry]:
+        """Of `ranked`, those than which no other is both as fast and as small.
+
+        The fastest comes first, the smallest last.
+        """
+        found: list[Entry] = []
+        for entry in self.ranked:
+            if not found or entry[1] < found[-1][1]:
+                found.append(entry)
+        return found
+
+
+def explore(
+    everything: Space,
+    strategy: Strategy,
+    cluster: Cluster,
+    *,
+    best: int | None = None,
+    time_limit_s: float | None = None,
+) -> Explored:
+    """Prices the candidates of a strategy, structure by structure.
+
+    The first structure is always priced. After that, time may run out and the user may
+    interrupt (Ctrl-C); what was found until then is kept, and the bound says so: what
+    was left is not faster than its matrix products at the best rate of all chips.
+
+    Args:
+        everything: The space of the program.
+        strategy: Which fields are fixed and which are holes.
+        cluster: Where to run.
+        best: How many of the best are wanted, each of another structure or mesh: what a
+            bound rules out to be one of them is not priced. All is where it is None.
+        time_limit_s: Seconds after which no further structure is begun.
+    """
+    capacity = cluster.hbm_bytes * MEMORY_HEADROOM
+    whole = sum(1 for _ in space.structures(strategy))
+    start_s = said_s = time.monotonic()
+    plain = everything.sketch("none")
+    assert plain is not None
+    floor_s = fastest_s(plain.traced.program, plain.classes, plain.work, cluster)
+    watch = Watch(bytes_=capacity)
+    groups: list[Candidates] = []
+    bests: list[float] = []
+    why, tried = "", 0
+    found = everything.priced(strategy, cluster, watch=watch, bounded=best is not None)
+    try:
+        for group in found:
+            groups.append(group)
+            tried += len(group.sizes)
+            bests = sorted([*bests, *_per_mesh(group, capacity)])[: best or 1]
+            if best is not None and len(bests) == best:
+                watch.step_s = bests[-1]
+            now_s = time.monotonic()
+            if now_s - said_s >= _PROGRESS_EVERY_S:
+                said_s = now_s
+                incumbent = f"best {bests[0]:.4g} s" if bests else "none fits yet"
+                everything.log(
+                    f"{tried} candidates priced, {watch.visited} of {whole} structures "
+                    f"looked at; {incumbent}, none below {floor_s:.4g} s"
+                )
+            if time_limit_s is not None and now_s - start_s > time_limit_s:
+                why = "time limit"
+                break
+    except KeyboardInterrupt:
+        if not groups:
+            raise
+        why = "interrupted"
+    left = whole - watch.visited if why else 0
+    return Explored(
+        groups=tuple(groups),
+        capacity=capacity,
+        watch=watch,
+        floor_s=floor_s if left else float("inf"),
+        left=left,
+        why=why if left else "",
+    )
+
+
+def _per_mesh(group: Candidates, capacity: float) -> list[float]:
+    """Seconds of the best that fits on each mesh of a structure."""
+    fits = group.peak_bytes <= capacity
+    if not fits.any():
+        return []
+    _, mesh = np.unique(group.sizes[fits], axis=0, return_inverse=True)
+    fastest = np.full(mesh.max() + 1, np.inf)
+    np.minimum.at(fastest, mesh, group.step_s[fits])
+    return fastest.tolist()

@@ -1,0 +1,243 @@
+"""One program on one cluster, solved again and again under changing wishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from autoshard.ir.errors import InfeasibleError
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
+from autoshard.search.candidates import Space
+from autoshard.search.explore import Entry, Explored, explore
+from autoshard.search.finish import finish
+from autoshard.search.pinning import with_pins
+from autoshard.search.remedy import explain_indivisible, explain_no_fit
+
+Log = Callable[[str], None]
+
+_SPARE = 4
+"""Candidates that are kept beyond those wanted."""
+
+
+class Solver:
+    """The space of a strategy for a program on a cluster.
+
+    The program is traced once; `pinned` gives a solver with more fields fixed that
+    shares the trace, the propagated structures and so nearly all of the work.
+
+    Args:
+        fn: A `TrainStep`, or a function whose last argument is the batch.
+        args: Abstract arguments.
+        cluster: Where to run.
+        strategy: Which fields are fixed and which are holes.
+        model_ref: Recorded in plans.
+        log: Called with progress in words.
+        time_limit_s: After it, no further structure is priced; the certificate says
+            what that leaves open.
+
+    Raises:
+        InputError: The strategy asks for what the function cannot do.
+        RuleMissingError: A primitive has no rule.
+    """
+
+    def __init__(
+        self,
+        fn: Any,
+        args: tuple[Any, ...],
+        cluster: Cluster,
+        strategy: Strategy,
+        *,
+        model_ref: ModelRef | None = None,
+        log: Log | None = None,
+        time_limit_s: float | None = None,
+        space: Space | None = None,
+    ) -> None:
+        self.fn = fn
+        self.args = args
+        self.cluster = cluster
+        self.strategy = strategy
+        self.model_ref = model_ref
+        self.log = log or (lambda _: None)
+        self.time_limit_s = time_limit_s
+        if space is None:
+            space = Space(fn, args, self.log, strategy)
+            self.log(f"tracing and analysing the step for {cluster.name}")
+            plain = space.sketch("none")
+            assert plain is not None
+            for remark in plain.remarks:
+                self.log(remark)
+        self.space = space
+        self._explored: dict[int | None, Explored] = {}
+
+    def pinned(self, pins: Mapping[str, Any]) -> Solver:
+        """The same program with more fields fixed.
+
+        Args:
+            pins: As in `pinning.with_pins`: `{"tensor": 8, "remat": "full"}`.
+
+        Raises:
+            NameUnknownError: No field has a key's name.
+            InputError: A value does not suit its field.
+        """
+        strategy = with_pins(self.strategy, pins)
+        # Names and path maps decide how the program is read; with others it is read
+        # anew.
+        alike = (strategy.specs, strategy.names) == (
+            self.strategy.specs,
+            self.strategy.names,
+        )
+        return Solver(
+            self.fn,
+            self.args,
+            self.cluster,
+            strategy,
+            model_ref=self.model_ref,
+            log=self.log,
+            time_limit_s=self.time_limit_s,
+            space=self.space if alike else None,
+        )
+
+    def on(self, cluster: Cluster) -> Solver:
+        """The same program on another cluster."""
+        return Solver(
+            self.fn,
+            self.args,
+            cluster,
+            self.strategy,
+            model_ref=self.model_ref,
+            log=self.log,
+            time_limit_s=self.time_limit_s,
+            space=self.space,
+        )
+
+    def explored(self, best: int | None = None) -> Explored:
+        """The space, priced.
+
+        Args:
+            best: How many of the best candidates are wanted; all where it is None.
+
+        Raises:
+            InfeasibleError: No mesh divides the program's dims.
+        """
+        if best in self._explored:
+            return self._explored[best]
+        found = explore(
+            self.space,
+            self.strategy,
+            self.cluster,
+            best=best,
+            time_limit_s=self.time_limit_s,
+        )
+        watch = found.watch
+        if not found.enumerated and not watch.too_large:
+            groups = self.space.price(self.strategy, self.cluster)
+            raise InfeasibleError(
+                explain_indivisible(self.space, groups, self.cluster, self.strategy)
+            )
+        left = f", {found.left} structures left ({found.why})" if found.left else ""
+        self.log(
+            f"{found.enumerated} candidates priced, {found.infeasible} do not fit, "
+            f"{watch.indivisible} left out because a dim does not divide, "
+            f"{watch.pruned} because of a bound on their time, {watch.alike} because "
+            f"they are one with another{left}"
+        )
+        self._explored[best] = found
+        return found
+
+    def plans(self, top: int = 1) -> list[Plan]:
+        """The best plans, each truly different from those before it.
+
+        Raises:
+            InfeasibleError: Nothing divides, or nothing fits in memory.
+        """
+        # Of the best by the price of the search, some may not fit with their
+        # microbatches traced.
+        for best in (top + _SPARE, None):
+            explored = self.explored(best)
+            found = self._written(explored, self._different(explored), top)
+            if len(found) == top or not explored.watch.pruned:
+                break
+        if not found:
+            raise InfeasibleError(self._no_fit())
+        return found
+
+    def smaller(self, budget_bytes: float) -> Plan | None:
+        """The fastest plan within a budget of a chip's memory, None if there is none.
+
+        Raises:
+            InfeasibleError: Nothing divides.
+        """
+        explored = self.explored()
+        within = (entry for entry in explored.ranked if entry[1] <= budget_bytes)
+        return next(iter(self._written(explored, within, 1, budget_bytes)), None)
+
+    def front(self, most: int) -> list[Plan]:
+        """Plans of which none is beaten in both time and memory, the fastest first.
+
+        Args:
+            most: How many at most; of more, some are left out between the ends.
+
+        Raises:
+            InfeasibleError: Nothing divides, or nothing fits in memory.
+        """
+        explored = self.explored()
+        front = explored.front()
+        if len(front) > most:
+            at = [round(i * (len(front) - 1) / max(most - 1, 1)) for i in range(most)]
+            self.log(f"{len(front)} plans are on the front; {most} of them are written")
+            front = [front[i] for i in dict.fromkeys(at)]
+        found = self._written(explored, front, most)
+        if not found:
+            raise InfeasibleError(self._no_fit())
+        return found
+
+    def _no_fit(self) -> str:
+        return explain_no_fit(self.space, self.explored(), self.cluster, self.strategy)
+
+    def _different(self, explored: Explored) -> Iterator[Entry]:
+        seen: set[Any] = set()
+        for entry in explored.ranked:
+            identity = explored.groups[entry[2]].identity(entry[3])
+            if identity not in seen:
+                seen.add(identity)
+                yield entry
+
+    def _written(
+        self,
+        explored: Explored,
+        entries: Iterable[Entry],
+        most: int,
+        budget_bytes: float = float("inf"),
+    ) -> list[Plan]:
+        plain, watch = self.space.sketch("none"), explored.watch
+        certificate = Certificate(
+            lower_bound_s=explored.lower_bound_s,
+            gap=0.0,
+            enumerated=explored.enumerated,
+            indivisible=watch.indivisible,
+            infeasible=explored.infeasible,
+            alike=watch.alike,
+            pruned=watch.pruned,
+            left=explored.left,
+            complete=not explored.left,
+        )
+        found: list[Plan] = []
+        for step_s, _, number, k in entries:
+            plan = finish(
+                self.fn,
+                self.args,
+                self.cluster,
+                explored.groups[number].filled(k),
+                certificate,
+                self.model_ref,
+                plain,
+            )
+            memory = plan.predicted.memory
+            if memory.total > min(memory.capacity, budget_bytes):
+                continue  # priced exactly, its microbatches traced, it does not fit
+            found.append(plan)
+            self.log(f"plan {len(found)}: {step_s:.4g} s per step")
+            if len(found) == most:
+                break
+        return found
