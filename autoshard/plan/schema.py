@@ -136,6 +136,10 @@ class Strategy(Record):
         found._places = {**self._places, **places}
         return found
 
+    def __eq__(self, other: object) -> bool:
+        # Where a field was fixed is no part of the policy.
+        return isinstance(other, Strategy) and dict(self) == dict(other)
+
     @field_validator("rules", mode="before")
     @classmethod
     def _rules_as_table(cls, value: object) -> object:

@@ -136,6 +136,8 @@ def explore(
             raise
         why = "interrupted"
     left = whole - watch.visited if why else 0
+    # An interruption may come while the structure that was visited last is priced.
+    left += why == "interrupted"
     return Explored(
         groups=tuple(groups),
         capacity=capacity,

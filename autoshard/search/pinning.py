@@ -69,7 +69,10 @@ def with_pins(strategy: Strategy, pins: Mapping[str, Any]) -> Strategy:
         try:
             strategy = _with_pin(strategy, key, value).placed(place)
         except ValidationError as error:
-            said = "; ".join(e["msg"] for e in error.errors(include_url=False)[:2])
+            said = "; ".join(
+                e["msg"].removeprefix("Value error, ").rstrip(".")
+                for e in error.errors(include_url=False)[:2]
+            )
             raise InputError(f"{key} = {value!r} cannot be set: {said}.") from None
         except AutoshardError as error:
             raise type(error)(f"{key} = {value!r} cannot be set: {error}") from None
@@ -114,14 +117,23 @@ def _count(value: Any, key: str) -> int | str:
     if value == "auto":
         return "auto"
     try:
-        return int(value)
+        count = int(value)
     except (TypeError, ValueError):
-        raise InputError(f"{key} takes a whole number or 'auto'") from None
+        count = None
+    if count is None or (isinstance(value, float) and count != value):
+        raise InputError(f"{key} takes a whole number or 'auto'")
+    return count
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable):
+        raise InputError("axes are a list of names, or text such as 'data+fsdp'")
+    return tuple(value)
 
 
 def _axes(value: Any) -> Any:
     if not isinstance(value, str):
-        return tuple(value)
+        return _listed(value)
     if value == "auto":
         return value
     return () if value == "none" else tuple(value.replace(",", "+").split("+"))
@@ -130,7 +142,7 @@ def _axes(value: Any) -> Any:
 def _entries(value: Any) -> Any:
     """One entry per dim: `fsdp,tensor`, with `none` for a dim that stays whole."""
     if not isinstance(value, str):
-        return tuple(value)
+        return _listed(value)
     return tuple(
         "" if part == "none" else tuple(part.split("+")) if "+" in part else part
         for part in value.split(",")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import re
 
 import jax
@@ -11,14 +11,16 @@ import numpy as np
 import optax
 import pytest
 from helpers.equality import abstract_batch, make_step, pinned
+from helpers.spaces import active, floats, mlp_step, small_memory, written_out
 
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.train_step import train_step
-from autoshard.plan.cluster import Cluster, cluster
+from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
-from autoshard.plan.schema import Certificate, Rule, Storage
+from autoshard.plan.schema import Certificate
 from autoshard.search import search_plans
 from autoshard.search.finish import finish
+from autoshard.search.pinning import with_pins
 from autoshard.search.reading import Sketch
 
 NO_CERTIFICATE = Certificate(
@@ -26,88 +28,36 @@ NO_CERTIFICATE = Certificate(
 )
 
 
-def mlp_step(width=32, hidden=64, layers=3):
-    def loss(params, x):
-        for up, down in zip(params["up"], params["down"], strict=True):
-            x = x + jnp.tanh(x @ up) @ down
-        return (x**2).mean()
-
-    def model(key):
-        keys = jax.random.split(key, 2)
-        shapes = {"up": (layers, width, hidden), "down": (layers, hidden, width)}
-        return {
-            name: list(0.1 * jax.random.normal(k, shape))
-            for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
-
-    return train_step(loss, optax.adamw(1e-3), model=model)
-
-
-def small_memory(chips: Cluster, bytes_: float) -> Cluster:
-    hbm = chips.chip.hbm_bytes.model_copy(update={"value": float(bytes_)})
-    return chips.model_copy(
-        update={"chip": chips.chip.model_copy(update={"hbm_bytes": hbm})}
-    )
-
-
-def brute_force(step, batch, chips, batch_size):
-    """Every plan of the auto strategy's space, written out and priced one by one."""
-    auto = load_strategy("auto")
-    plain = Sketch.of(step, (batch,), auto)
-    n = chips.num_chips
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    best = []
-    for data, fsdp, tensor in itertools.product(divisors, repeat=3):
-        if data * fsdp * tensor != n:
+@functools.cache
+def all_priced():
+    """Seconds and bytes of every plan of the auto strategy, each written and priced."""
+    step, batch, strategy = mlp_step(layers=2), floats(4, 32), load_strategy("auto")
+    chips = cluster("cpu:4")
+    plain = Sketch.of(step, (batch,), strategy)
+    found, seen = [], set()
+    for filled in written_out(strategy, chips, batch.shape[0], ("none", "full")):
+        # Only the residual rule and those of the MLP find anything in this program.
+        rules = [r for r in filled.rules if r.logical in ("mlp", "seq.residual")]
+        key = active(filled.model_copy(update={"rules": tuple(rules)}))
+        ways = filled.mesh["data"] * filled.mesh["fsdp"]
+        if key in seen or batch.shape[0] % (filled.schedule.microbatches * ways):
             continue
-        for cuts in range(1, batch_size + 1):
-            if batch_size % (cuts * data * fsdp):
-                continue
-            # The program has neither attention nor a vocabulary.
-            for remat, extra, mlp, residual in itertools.product(
-                ("none", "full"), (0, 1, 2), ((), ("tensor",)), ((), ("tensor",))
-            ):
-                rules = {
-                    "batch": ("data", "fsdp"),
-                    "heads": ("tensor",),
-                    "kv_heads": ("tensor",),
-                    "mlp": mlp,
-                    "vocab": ("tensor",),
-                    "seq.residual": residual,
-                }
-                strategy = auto.model_copy(
-                    update={
-                        "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},
-                        "rules": tuple(
-                            Rule(logical=k, axes=v) for k, v in rules.items()
-                        ),
-                        "storage": Storage(
-                            params=("fsdp",),
-                            gradients=("fsdp", "data") if extra > 1 else ("fsdp",),
-                            optimizer=("fsdp", "data") if extra else ("fsdp",),
-                        ),
-                        "schedule": auto.schedule.model_copy(
-                            update={"microbatches": cuts, "remat": remat}
-                        ),
-                    }
-                )
-                plan = finish(
-                    step, (batch,), chips, strategy, NO_CERTIFICATE, None, plain
-                )
-                if plan.predicted.memory.total <= plan.predicted.memory.capacity:
-                    best.append(plan.predicted.step_s)
-    return min(best)
+        seen.add(key)
+        plan = finish(step, (batch,), chips, filled, NO_CERTIFICATE, None, plain)
+        found.append((plan.predicted.step_s, plan.predicted.memory.total))
+    return found
 
 
 @pytest.mark.parametrize("memory", [None, 80_000, 60_000])
 def test_search_equals_brute_force(memory):
     step = mlp_step(layers=2)
-    batch = jax.ShapeDtypeStruct((8, 32), jnp.float32)
+    batch, auto = floats(4, 32), load_strategy("auto")
     chips = cluster("cpu:4")
     if memory is not None:
         chips = small_memory(chips, memory)
-    [plan] = search_plans(step, (batch,), chips, load_strategy("auto"))
-    expected = brute_force(step, batch, chips, 8)
+    [plan] = search_plans(step, (batch,), chips, auto)
+    capacity = plan.predicted.memory.capacity
+    expected = min(time for time, bytes_ in all_priced() if bytes_ <= capacity)
     # The search prices accumulation from the program without it; what it chooses is
     # then priced exactly, as every candidate of the brute force is.
     assert plan.predicted.step_s == pytest.approx(expected, rel=1e-2)
@@ -163,6 +113,27 @@ def test_a_model_that_does_not_fit_says_how_much_and_what_would():
     message = str(caught.value)
     assert "are missing" in message
     assert "--strategy auto on the same chips" in message
+
+
+def test_a_field_in_conflict_is_named_with_its_line_and_what_would_fit():
+    step, batch, dp = mlp_step(), floats(8, 32), load_strategy("dp")
+    chips = small_memory(cluster("cpu:4"), 170_000)
+    with pytest.raises(InfeasibleError) as caught:
+        search_plans(step, (batch,), chips, dp)
+    message = str(caught.value)
+    # dp keeps the optimizer's state whole: the last of its fields that may be a hole.
+    said = re.search(
+        r"In conflict: storage\.optimizer = \[\]( \(dp\.toml:\d+\))?\.", message
+    )
+    assert said is not None, message
+    # The oracle of a change that is named: it fits, and takes as long as was said.
+    said = re.search(
+        r"What would fit: ([\w.]+) = 'auto' \(([\d.e-]+) s a step", message
+    )
+    assert said is not None, message
+    opened = with_pins(dp, {said[1]: "auto"})
+    [plan] = search_plans(step, (batch,), chips, opened)
+    assert plan.predicted.step_s == pytest.approx(float(said[2]), rel=1e-2)
 
 
 def test_more_chips_are_named_when_only_they_help():
@@ -224,14 +195,15 @@ def test_remat_is_left_out_when_no_block_repeats():
 
 
 def test_a_larger_batch_is_named_when_chips_alone_do_not_help():
-    # An odd hidden width leaves only the batch and the storage to shard.
-    step = mlp_step(hidden=63)
-    batch = jax.ShapeDtypeStruct((2, 32), jnp.float32)
-    chips = small_memory(cluster("cpu:1"), 60_000)
+    # An odd hidden width, and no axis for sequences, leave only the batch and the
+    # storage to shard.
+    auto = load_strategy("auto")
+    mesh = {axis: size for axis, size in auto.mesh.items() if axis != "context"}
+    auto = auto.model_copy(update={"mesh": mesh})
+    step, chips = mlp_step(hidden=63), small_memory(cluster("cpu:1"), 60_000)
     with pytest.raises(InfeasibleError) as caught:
-        search_plans(step, (batch,), chips, load_strategy("auto"))
+        search_plans(step, (floats(2, 32),), chips, auto)
     found = re.search(r"(\d+) chips \(cpu:\1\) and a batch of (\d+)", str(caught.value))
     assert found is not None, caught.value
-    grown = jax.ShapeDtypeStruct((int(found[2]), 32), jnp.float32)
     there = small_memory(cluster(f"cpu:{found[1]}"), 60_000)
-    assert search_plans(step, (grown,), there, load_strategy("auto"))
+    assert search_plans(step, (floats(int(found[2]), 32),), there, auto)

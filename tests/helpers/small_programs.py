@@ -1,0 +1,134 @@
+"""Small random programs, strategies and clusters, for search against brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import autoshard as ash
+from autoshard.ir.train_step import TrainStep, train_step
+from autoshard.plan.cluster import Cluster, cluster
+from autoshard.plan.schema import Rule, Schedule, Storage, Strategy
+
+_DIMS = (2, 3, 4, 6, 8, 8, 12, 16, 16, 32, 64)
+_CLUSTERS = (
+    *(f"cpu:{n}" for n in (1, 2, 3, 4, 5, 6, 8, 12, 16)),
+    *("h100:1", "h100:2", "h100:4", "h100:6", "h100:8", "h100:16"),
+    *("v5e:1", "v5e:2x2", "v5e:2x4", "v5e:4x4"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """A program, where it runs and what is left open."""
+
+    step: TrainStep
+    batch: jax.ShapeDtypeStruct
+    cluster: Cluster
+    strategy: Strategy
+    about: str
+
+
+def instance(seed: int) -> Instance:
+    """The same instance for the same seed."""
+    rng = np.random.default_rng(seed)
+    step, batch, ops = _program(rng)
+    chips = str(rng.choice(_CLUSTERS))
+    strategy = _strategy(rng, cluster(chips).num_chips, batch.shape[0])
+    about = f"seed {seed}: {ops} on {batch.shape}, {chips}, {strategy!r}"
+    return Instance(step, batch, cluster(chips), strategy, about)
+
+
+def _program(rng: Any) -> tuple[TrainStep, jax.ShapeDtypeStruct, list[str]]:
+    """Up to 12 ops: the ops of a block, once or several times, and a mean."""
+    repeats = int(rng.choice([1, 1, 2, 3]))
+    width = int(rng.choice(_DIMS))
+    shape = [int(rng.choice([1, 4, 6, 8, 8, 16, 16])), width]
+    if rng.random() < 0.4:
+        shape.insert(1, int(rng.choice([2, 4, 6, 8])))
+    kinds = ["product", "pair", "pointwise", "scale", "softmax", "double", "norm"]
+    count = int(rng.integers(1, 1 + 11 // repeats))
+    ops = [str(k) for k in rng.choice(kinds, count, p=[0.1, 0.4, *[0.1] * 5])]
+    hidden = [int(rng.choice(_DIMS)) for _ in ops]
+    named = [str(n) for n in rng.choice(["", "mlp", "heads", "vocab"], count)]
+
+    def params(key: Any) -> Any:
+        block = {}
+        for k, (op, size) in enumerate(zip(ops, hidden, strict=True)):
+            shapes = {
+                "product": [(width, width)],
+                "pair": [(width, size), (size, width)],
+                "scale": [(width,)],
+            }.get(op, [])
+            for j, leaf in enumerate(shapes):
+                block[f"{op}{k}_{j}"] = jax.random.normal(key, leaf)
+        return {"blocks": [block] * repeats, "last": jax.random.normal(key, (width,))}
+
+    def apply(block: Any, x: Any) -> Any:
+        for k, (op, name) in enumerate(zip(ops, named, strict=True)):
+            if op == "product":
+                x = x @ block[f"{op}{k}_0"]
+            elif op == "pair":
+                h = jnp.tanh(x @ block[f"{op}{k}_0"])
+                if name:
+                    h = ash.annotate(h, "batch", *[None] * (h.ndim - 2), name)
+                x = x + h @ block[f"{op}{k}_1"]
+            elif op == "scale":
+                x = x * block[f"{op}{k}_0"]
+            elif op == "softmax":
+                x = jax.nn.softmax(x, axis=-1)
+            elif op == "double":
+                x = x + x
+            elif op == "norm":
+                x = x - x.mean(axis=-1, keepdims=True)
+            else:
+                x = jnp.tanh(x)
+        return x
+
+    def loss(params: Any, x: Any) -> Any:
+        for block in params["blocks"]:
+            x = apply(block, x)
+        return ((x * params["last"]) ** 2).mean()
+
+    optimizer = optax.adam(1e-3) if rng.random() < 0.5 else optax.sgd(0.1)
+    batch = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    return train_step(loss, optimizer, model=params), batch, ops * repeats
+
+
+def _strategy(rng: Any, chips: int, batch: int) -> Strategy:
+    """Random axes, rules and storage, each a hole more often than not."""
+
+    def hole(share: float = 0.7) -> bool:
+        return bool(rng.random() < share)
+
+    axes = [a for a in ("data", "fsdp", "context", "tensor") if hole(0.6)] or ["data"]
+    divisors = [d for d in range(1, chips + 1) if chips % d == 0]
+    mesh: dict[str, Any] = dict.fromkeys(axes, "auto")
+    if len(axes) > 1 and hole(0.3):
+        mesh[str(rng.choice(axes))] = int(rng.choice(divisors))
+    rules: list[Rule] = [Rule(logical="batch", axes="auto")]
+    names = ("seq", "heads", "kv_heads", "mlp", "vocab", "seq.residual")
+    for name in [n for n in names if hole(0.5)]:
+        fixed = ("tensor",) if "tensor" in axes and hole(0.5) else ()
+        rules.append(Rule(logical=name, axes="auto" if hole() else fixed))
+    storage = {}
+    for state in ("params", "gradients", "optimizer"):
+        fixed = tuple(a for a in ("fsdp", "context", "data") if a in axes and hole(0.5))
+        storage[state] = "auto" if hole(0.6) else fixed
+    divides = [d for d in range(1, batch + 1) if batch % d == 0]
+    return Strategy(
+        name="random",
+        about="",
+        mesh=mesh,
+        rules=tuple(rules),
+        storage=Storage(**storage),
+        schedule=Schedule(
+            microbatches="auto" if hole() else int(rng.choice(divides)),
+            remat="auto" if hole(0.8) else "none",
+        ),
+    )

@@ -1,0 +1,250 @@
+"""Spaces of strategies written out by plain loops, and programs to search them for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from autoshard.cost import Pricer
+from autoshard.cost.price import MEMORY_HEADROOM
+from autoshard.ir.errors import InputError
+from autoshard.ir.mesh import AXES
+from autoshard.ir.train_step import TrainStep, train_step
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.schema import Rule, Schedule, Storage, Strategy
+from autoshard.plan.sharded import Layout
+from autoshard.propagate import propagate
+from autoshard.search.divisible import divisible
+from autoshard.search.reading import Sketch
+
+STATES = ("params", "gradients", "optimizer")
+
+
+def mlp_step(width=32, hidden=64, layers=3):
+    """A step of residual MLPs: their hidden dim is `mlp`, their leading dim `batch`."""
+
+    def loss(params, x):
+        for up, down in zip(params["up"], params["down"], strict=True):
+            x = x + jnp.tanh(x @ up) @ down
+        return (x**2).mean()
+
+    def model(key):
+        keys = jax.random.split(key, 2)
+        shapes = {"up": (layers, width, hidden), "down": (layers, hidden, width)}
+        return {
+            name: list(0.1 * jax.random.normal(k, shape))
+            for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    return train_step(loss, optax.adamw(1e-3), model=model)
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+    """An abstract array."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def small_memory(chips: Cluster, bytes_: float) -> Cluster:
+    """The same cluster whose chips have less memory."""
+    hbm = chips.chip.hbm_bytes.model_copy(update={"value": float(bytes_)})
+    return chips.model_copy(
+        update={"chip": chips.chip.model_copy(update={"hbm_bytes": hbm})}
+    )
+
+
+def of_mesh(*axes: str, **fields: Any) -> Strategy:
+    """A strategy with holes for some axes and, unless they are given, all else fixed.
+
+    Rules are a dict of logical axis to mesh axes.
+    """
+    sizes = fields.pop("sizes", {})
+    rules = fields.pop("rules", {"batch": "auto"})
+    return Strategy(
+        name="small",
+        about="",
+        mesh={a: sizes.get(a, "auto") for a in axes},
+        rules=tuple(Rule(logical=k, axes=v) for k, v in rules.items()),
+        storage=Storage(**fields.pop("storage", {})),
+        schedule=Schedule(**fields),
+    )
+
+
+def _stored(strategy: Strategy) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """What parameters, gradients and optimizer state may be stored over.
+
+    Of a state that is a hole: the axes before it, or more. With all three holes only
+    two sets of axes are used: those of the parameters, and all.
+    """
+
+    def of(*names: str) -> tuple[str, ...]:
+        return tuple(n for n in names if n in strategy.mesh)
+
+    sharded = of("fsdp"), of("fsdp", "context"), of("fsdp", "context", "data")
+    given = {s: getattr(strategy.storage, s) for s in STATES}
+    holes = [s for s in STATES if given[s] == "auto"]
+    choices = [
+        sorted(set(sharded[:2] if s == "params" else sharded), key=len)
+        if s in holes
+        else [given[s]]
+        for s in STATES
+    ]
+    for chosen in itertools.product(*choices):
+        by = dict(zip(STATES, map(set, chosen), strict=True))
+        rising = all(by[a] <= by[b] for a, b in itertools.pairwise(holes))
+        between = len(holes) == 3 and not all(
+            by[s] in (by["params"], set(sharded[2])) for s in STATES
+        )
+        if rising and not between:
+            yield chosen
+
+
+def _ruled(strategy: Strategy) -> Iterator[dict[str, tuple[str, ...]]]:
+    """What rules may say, without those that leave devices to do the same work."""
+    mesh = strategy.mesh
+    options: dict[str, list[Any]] = {}
+    for rule in strategy.rules:
+        over = [("tensor",), ()] if "tensor" in mesh else [()]
+        if rule.axes != "auto":
+            over = [rule.axes]
+        elif rule.logical == "batch":
+            over = [tuple(a for a in ("data", "fsdp") if a in mesh)]
+        elif rule.logical == "seq":
+            over = [tuple(a for a in ("context",) if a in mesh)]
+        options[rule.logical] = over
+    holes = {rule.logical for rule in strategy.rules if rule.axes == "auto"}
+    for chosen in itertools.product(*options.values()):
+        axes = dict(zip(options, chosen, strict=True))
+        lone = {"heads", "kv_heads"} <= holes and axes["kv_heads"] > axes["heads"]
+        idle = {"heads", "mlp"} <= holes and "tensor" in mesh
+        if not lone and not (idle and axes["heads"] == axes["mlp"] == ()):
+            yield axes
+
+
+def written_out(
+    strategy: Strategy, chips: Cluster, batch: int, remats: tuple[str, ...]
+) -> Iterator[Strategy]:
+    """Every filling of a strategy's holes, those of indivisible dims included.
+
+    Args:
+        strategy: With holes.
+        chips: Where.
+        batch: Its leading dim.
+        remats: What `remat` may be where it is a hole.
+    """
+    n, mesh = chips.num_chips, strategy.mesh
+    sizes = [
+        range(1, n + 1) if mesh.get(a, 1) == "auto" else [mesh.get(a, 1)] for a in AXES
+    ]
+    meshes = [row for row in itertools.product(*sizes) if np.prod(row) == n]
+    if isinstance(over := strategy.storage.params, tuple) and over:
+        # A fixed storage is meant: where it can be, it is over more than one device.
+        real = [row for row in meshes if any(row[AXES.index(a)] > 1 for a in over)]
+        meshes = real or meshes
+    cuts = strategy.schedule.microbatches
+    pieces = [c for c in range(1, batch + 1) if batch % c == 0 and cuts in ("auto", c)]
+    if strategy.schedule.remat != "auto":
+        remats = (strategy.schedule.remat,)
+    for row, cut, remat, axes, stored in itertools.product(
+        meshes, pieces, remats, list(_ruled(strategy)), list(_stored(strategy))
+    ):
+        size = dict(zip(AXES, row, strict=True))
+        yield strategy.model_copy(
+            update={
+                "mesh": {axis: size[axis] for axis in mesh},
+                "rules": tuple(Rule(logical=k, axes=v) for k, v in axes.items()),
+                "storage": Storage(**dict(zip(STATES, stored, strict=True))),
+                "schedule": Schedule(microbatches=cut, remat=remat),
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Priced:
+    """A candidate and its price."""
+
+    strategy: Strategy
+    step_s: float
+    peak_bytes: float
+
+
+def active(strategy: Strategy) -> tuple[Any, ...]:
+    """A strategy without the axes of one device: equal ones run the same program."""
+    mesh = strategy.mesh
+
+    def of(axes: Any) -> tuple[str, ...]:
+        return tuple(a for a in axes if mesh[a] != 1)
+
+    return (
+        tuple((a, n) for a, n in mesh.items() if n > 1),
+        tuple((r.logical, of(r.axes)) for r in strategy.rules),
+        tuple(of(getattr(strategy.storage, s)) for s in STATES),
+        strategy.schedule.microbatches,
+        strategy.schedule.remat,
+    )
+
+
+class OneByOne:
+    """Prices the candidates of a program one at a time.
+
+    Args:
+        step: The program.
+        batch: Its abstract batch.
+        strategy: With holes.
+    """
+
+    def __init__(self, step: TrainStep, batch: Any, strategy: Strategy) -> None:
+        self.batch = jax.tree.leaves(batch)[0].shape[0]
+        self.sketches = {}
+        for remat in ("none", "full"):
+            fn = step.with_schedule(microbatches=1, remat=remat)
+            try:
+                self.sketches[remat] = Sketch.of(fn, (batch,), strategy)
+            except InputError:
+                assert remat == "full"  # no block repeats
+        self.strategy = strategy
+        self._pricers: dict[Any, Pricer] = {}
+
+    def pricer(self, strategy: Strategy) -> Pricer:
+        """Of a strategy without holes, its mesh not yet looked at."""
+        layout, remat = Layout.of(strategy), strategy.schedule.remat
+        key = str((layout, remat))
+        if key not in self._pricers:
+            sketch = self.sketches[remat]
+            sharded = propagate(sketch.traced, sketch.classes, layout)
+            self._pricers[key] = Pricer(sharded, sketch.work)
+        return self._pricers[key]
+
+    def price(self, chips: Cluster, *, alike: bool = False) -> list[Priced]:
+        """All candidates of which every dim divides.
+
+        Args:
+            chips: Where.
+            alike: Whether those that differ only in axes of one device are priced too.
+        """
+        found, seen = [], set()
+        for one in written_out(self.strategy, chips, self.batch, tuple(self.sketches)):
+            if active(one) in seen and not alike:
+                continue
+            seen.add(active(one))
+            pricer = self.pricer(one)
+            row = np.array([[one.mesh.get(a, 1) for a in AXES]], dtype=np.int64)
+            cuts = np.array([one.schedule.microbatches], dtype=np.int64)
+            if divisible(pricer, row, cuts, self.batch)[0]:
+                price = pricer.price(chips, row, cuts.astype(np.float64))
+                found.append(
+                    Priced(one, float(price.step_s[0]), float(price.peak_bytes[0]))
+                )
+        return found
+
+
+def fitting(priced: list[Priced], chips: Cluster) -> list[Priced]:
+    """Those within the memory of a chip."""
+    capacity = chips.hbm_bytes * MEMORY_HEADROOM
+    return [p for p in priced if p.peak_bytes <= capacity]

@@ -1,0 +1,43 @@
+"""Bounds on what candidates take, and candidates that are left out as alike."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers.equality import abstract_batch, make_step
+
+from autoshard.cost.collectives import Meshes
+from autoshard.plan.cluster import cluster
+from autoshard.plan.files import load_strategy
+from autoshard.search.candidates import Space
+from autoshard.search.pinning import with_pins
+
+PINS = {"llama3-tiny": {"vocab": "tensor"}, "gpt2-tiny": {"kv_heads": "tensor"}}
+
+
+@pytest.mark.parametrize("chips", ["h100:8", "v5e:2x4", "cpu:8"])
+@pytest.mark.parametrize("model", ["llama3-tiny", "gpt2-tiny"])
+def test_no_storage_is_below_the_bound_of_its_family(model, chips):
+    there = cluster(chips)
+    step = make_step(model, scan=True)
+    pins = {f"rules.{k}": v for k, v in PINS[model].items()}
+    strategy = with_pins(load_strategy("auto"), {**pins, "rules.heads": "tensor"})
+    space = Space(step, (abstract_batch(),), lambda _: None, strategy)
+    groups = space.price(strategy, there)
+
+    def family(group):
+        return group.strategy.rules, group.strategy.schedule
+
+    compared = 0
+    for _, members in itertools.groupby(groups, key=family):
+        first, *others = members
+        for group in (first, *others):
+            cuts = group.cuts.astype(np.float64)
+            floor_s = first.pricer.floor_s(there, group.sizes, cuts)
+            assert (floor_s <= group.step_s * (1 + 1e-12)).all(), group.strategy
+            held = group.pricer.liveness.held_bytes(Meshes(there, group.sizes))
+            assert (held <= group.peak_bytes).all(), group.strategy
+            compared += len(group.sizes)
+    assert compared > 1000

@@ -1,0 +1,70 @@
+"""The solver against exhaustive pricing and against brute force, one by one."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers.small_programs import instance
+from helpers.spaces import OneByOne, fitting, small_memory
+
+from autoshard.cost.price import MEMORY_HEADROOM
+from autoshard.ir.errors import InfeasibleError
+from autoshard.search.solver import Solver
+
+CI, ALL = range(30), range(200)
+
+
+def first_different(solver, best, count):
+    """Seconds of the first candidates that are truly different plans."""
+    explored = solver.explored(best)
+    entries = itertools.islice(solver._different(explored), count)
+    return [entry[0] for entry in entries]
+
+
+def check_exact(seed):
+    """Bounded and exhaustive search and brute force agree; returns the verdict."""
+    given = instance(seed)
+    solver = Solver(given.step, (given.batch,), given.cluster, given.strategy)
+    brute = OneByOne(given.step, given.batch, given.strategy)
+    try:
+        priced = brute.price(given.cluster)
+    except InfeasibleError:
+        priced = []
+    if not priced:
+        for best in (1, None):
+            with pytest.raises(InfeasibleError):
+                solver.explored(best)
+        return "nothing divides"
+    # Memory at which all, some or none of the candidates fit.
+    rng = np.random.default_rng([seed, 1])
+    peaks = sorted(p.peak_bytes for p in priced)
+    limits = [None, peaks[0] * 0.99, peaks[0], float(rng.choice(peaks))]
+    limit = limits[int(rng.choice(4, p=[0.2, 0.15, 0.15, 0.5]))]
+    chips = given.cluster
+    if limit is not None:
+        chips = small_memory(chips, limit * 1.0001 / MEMORY_HEADROOM)
+    there = solver.on(chips)
+    times = sorted(p.step_s for p in fitting(priced, chips))
+    for best in (1, None):
+        found = there.explored(best).ranked
+        assert bool(found) == bool(times), given.about
+        if times:
+            assert found[0][0] == pytest.approx(times[0], rel=1e-9), given.about
+            assert there.explored(best).lower_bound_s == found[0][0]
+    if not times:
+        return "nothing fits"
+    assert first_different(there, 3, 3) == first_different(there, None, 3), given.about
+    return "all fit" if len(times) == len(priced) else "some fit"
+
+
+@pytest.mark.parametrize("seed", CI)
+def test_bounded_search_is_exact(seed):
+    check_exact(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ALL[len(CI) :])
+def test_bounded_search_is_exact_at_length(seed):
+    check_exact(seed)
