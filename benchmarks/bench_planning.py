@@ -1,12 +1,16 @@
 """Time and memory of planning, as a user meets them: whole processes, start included.
 
 Each run is `autoshard search` as a process of its own; wall time and peak resident
-memory are those the operating system reports for it. Three runs of each case, taken in
-turns; medians. Bars: at most 10 s and at most 1.5 GB each.
+memory are those the operating system reports for it. Medians of as many runs of each
+case as `--runs` says, taken in turns. A case has a bar of its own; none may use more
+than 2 GB. Growth is the power of chips, or of layers, with which time rises.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import os
 import re
 import statistics
@@ -19,16 +23,55 @@ from typing import Any
 
 import _record
 
-BAR_WALL_S, BAR_RSS_BYTES = 10.0, 1.5e9
-RUNS = 3
+BAR_RSS_BYTES = 2e9
+LAYERS = (250, 1000)
+DEEP = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+"""A decoder as wide as llama3-8b, which is planned with as many layers as one likes."""
+
+
+def _case(bar_wall_s: float, *words: str) -> dict[str, Any]:
+    return {"bar_wall_s": bar_wall_s, "arguments": words}
+
+
+def _decoder(model: str, cluster: str, batch: int) -> tuple[str, ...]:
+    return (model, "--cluster", cluster, "--batch", str(batch), "--seq", "8192")
+
+
 CASES = {
-    "llama3-8b on h100:64": (
-        "llama3-8b", "--cluster", "h100:64", "--batch", "128", "--seq", "8192",
+    "llama3-8b on h100:64": _case(10, *_decoder("llama3-8b", "h100:64", 128)),
+    "llama3-405b on h100:16384": _case(
+        20, *_decoder("llama3-405b", "h100:16384", 2048)
     ),
-    "llama3-405b on h100:16384": (
-        "llama3-405b", "--cluster", "h100:16384", "--batch", "2048", "--seq", "8192",
+    "llama3-405b on h100:98304": _case(
+        30, *_decoder("llama3-405b", "h100:98304", 12288)
     ),
-}  # fmt: skip
+    "llama3-405b on v5p:8960": _case(30, *_decoder("llama3-405b", "v5p:8960", 2240)),
+    **{
+        f"{layers} unrolled layers on h100:512": _case(
+            60, *_decoder(f"{layers}.json", "h100:512", 512), "--unrolled"
+        )
+        for layers in LAYERS
+    },
+}
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--into", type=Path, default=_record.RESULTS, metavar="DIR")
+    parser.add_argument("--runs", type=int, default=3, metavar="N")
+    return parser.parse_args()
 
 
 def search(arguments: tuple[str, ...], scratch: Path) -> dict[str, Any]:
@@ -44,7 +87,10 @@ def search(arguments: tuple[str, ...], scratch: Path) -> dict[str, Any]:
     with said.open("w") as log:
         start_s = time.perf_counter()
         child = subprocess.Popen(
-            [*command, "-o", str(plan)], stdout=log, stderr=subprocess.STDOUT
+            [*command, "-o", str(plan)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=scratch,
         )
         # Not subprocess.wait: only this gives what this one child used.
         _, status, usage = os.wait4(child.pid, 0)
@@ -64,28 +110,44 @@ def search(arguments: tuple[str, ...], scratch: Path) -> dict[str, Any]:
     }
 
 
+def growth(cases: list[dict[str, Any]]) -> dict[str, float]:
+    """The power with which wall time rises, between two cases each."""
+    wall_s = {case["case"]: case["wall_s"] for case in cases}
+    few, many = (wall_s[f"{layers} unrolled layers on h100:512"] for layers in LAYERS)
+    small, large = (wall_s[f"llama3-405b on h100:{n}"] for n in (16384, 98304))
+    return {
+        "with_layers": math.log(many / few) / math.log(LAYERS[1] / LAYERS[0]),
+        "with_chips": math.log(large / small) / math.log(98304 / 16384),
+    }
+
+
 def main() -> int:
-    """Measures both cases; 1 when a bar is missed."""
-    options, start = _record.arguments(__doc__ or ""), _record.begin()
+    """Measures all cases; 1 when a bar is missed."""
+    given, start = options(), _record.begin()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory() as scratch:
-        for _ in range(RUNS):
-            for name, arguments in CASES.items():
-                runs[name].append(search(arguments, Path(scratch)))
+        for layers in LAYERS:
+            config = {**DEEP, "num_hidden_layers": layers}
+            (Path(scratch) / f"{layers}.json").write_text(json.dumps(config))
+        for _ in range(given.runs):
+            for name, case in CASES.items():
+                runs[name].append(search(case["arguments"], Path(scratch)))
     cases = []
     for name, found in runs.items():
         wall_s = statistics.median(run["wall_s"] for run in found)
         rss_bytes = statistics.median(run["peak_rss_bytes"] for run in found)
+        bar_wall_s = CASES[name]["bar_wall_s"]
         cases.append(
             {
                 "case": name,
-                "command": " ".join(("autoshard search", *CASES[name])),
+                "command": " ".join(("autoshard search", *CASES[name]["arguments"])),
                 "mesh": found[0]["mesh"],
+                "bar_wall_s": bar_wall_s,
                 "wall_s": wall_s,
                 "wall_s_of_each": [run["wall_s"] for run in found],
                 "peak_rss_bytes": rss_bytes,
                 "peak_rss_bytes_of_each": [run["peak_rss_bytes"] for run in found],
-                "passed": wall_s <= BAR_WALL_S and rss_bytes <= BAR_RSS_BYTES,
+                "passed": wall_s <= bar_wall_s and rss_bytes <= BAR_RSS_BYTES,
             }
         )
     _record.table(
@@ -101,16 +163,20 @@ def main() -> int:
             for case in cases
         ],
     )
+    print(
+        *(f"growth {key}: {value:.2f}" for key, value in growth(cases).items()),
+        sep="\n",
+    )
     passed = all(case["passed"] for case in cases)
     _record.write(
-        options.into,
+        given.into,
         "planning",
         what=(__doc__ or "").strip(),
         command="python benchmarks/bench_planning.py",
         figures={
-            "bar_wall_s": BAR_WALL_S,
             "bar_peak_rss_bytes": BAR_RSS_BYTES,
-            "runs_of_each": RUNS,
+            "runs_of_each": given.runs,
+            "growth": growth(cases),
             "cases": cases,
         },
         passed=passed,
