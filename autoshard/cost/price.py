@@ -141,8 +141,11 @@ class Pricer:
         found, between = np.zeros(len(meshes)), np.zeros(len(meshes))
         for time in self.compute.times(meshes, microbatches, rates, update=False):
             found += time.total_s
-        for index in range(len(self.moves)):
-            if index not in self._prefetched and index not in self._trailing:
+        for index, move in enumerate(self.moves):
+            # Of state are also what the update moves and where its results go.
+            of_state = index in self._prefetched or index in self._trailing
+            of_state |= move.op == OUTPUT or self.work.update[move.op]
+            if not of_state and move.value not in self.work.gradients:
                 for _, time, _, _ in self.collective(index, meshes, microbatches):
                     between += time
         none = np.zeros(len(meshes))

@@ -66,12 +66,18 @@ def _storage_domain(
         options("optimizer", plain, whole, more),
     ):
         chosen = Storage(params=params, gradients=gradients, optimizer=optimizer)
-        sharded = [set(getattr(chosen, state)) for state in STATES if state in holes]
+        # A state that is as it is to be kept counts as fixed.
+        filled = [
+            state
+            for state in holes
+            if keep is None or getattr(chosen, state) != getattr(keep, state)
+        ]
+        sharded = [set(getattr(chosen, state)) for state in filled]
         rising = all(a <= b for a, b in itertools.pairwise(sharded))
         # Between the parameters' axes and all of them there is nothing to gain.
-        if len(holes) == len(STATES):
+        if len(filled) == len(STATES):
             rising &= all(s in (set(params), set(more)) for s in sharded)
-        if rising or (keep is not None and chosen == keep):
+        if rising:
             found.append(chosen)
     return found
 
@@ -83,14 +89,15 @@ def _sensible(
 
     Keys and values are heads of attention too: to shard them while queries are whole
     only adds a gather. Tensor parallelism of neither attention nor the MLP leaves its
-    devices to do the same work.
+    devices to do the same work; without any it is the axis that is not used.
     """
     axes = {rule.logical: rule.axes for rule in chosen}
     holes = {rule.logical for rule in asked if rule.axes == "auto"}
     if {"heads", "kv_heads"} <= holes and axes["kv_heads"] and not axes["heads"]:
         return False
     if {"heads", "mlp"} <= holes and _TENSOR in _rule_domain("mlp", mesh):
-        return bool(axes["heads"] or axes["mlp"])
+        unused = not any("tensor" in own for own in axes.values())
+        return bool(axes["heads"] or axes["mlp"]) or unused
     return True
 
 
@@ -120,10 +127,13 @@ def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Str
     stored = _storage_domain(
         strategy.storage, dict(strategy.mesh), keep.storage if keep else None
     )
+    # Rules without tensor parallelism come first: of structures that are alike where an
+    # axis has one device, the first stands for all.
+    combined = sorted(
+        itertools.product(*domains), key=lambda axes: any("tensor" in a for a in axes)
+    )
     # Those of the same rules and remat come one after the other: they share bounds.
-    for axes, remat, storage in itertools.product(
-        itertools.product(*domains), remats, stored
-    ):
+    for axes, remat, storage in itertools.product(combined, remats, stored):
         rules = tuple(
             Rule(logical=rule.logical, axes=chosen)
             for rule, chosen in zip(strategy.rules, axes, strict=True)

@@ -119,11 +119,16 @@ def _ruled(strategy: Strategy) -> Iterator[dict[str, tuple[str, ...]]]:
             over = [tuple(a for a in ("context",) if a in mesh)]
         options[rule.logical] = over
     holes = {rule.logical for rule in strategy.rules if rule.axes == "auto"}
-    for chosen in itertools.product(*options.values()):
+    # An axis of one device is best not used at all: such rules stand for their likes.
+    spread = sorted(
+        itertools.product(*options.values()), key=lambda rules: ("tensor",) in rules
+    )
+    for chosen in spread:
         axes = dict(zip(options, chosen, strict=True))
+        used = any("tensor" in over for over in chosen)
         lone = {"heads", "kv_heads"} <= holes and axes["kv_heads"] > axes["heads"]
         idle = {"heads", "mlp"} <= holes and "tensor" in mesh
-        if not lone and not (idle and axes["heads"] == axes["mlp"] == ()):
+        if not lone and not (idle and used and axes["heads"] == axes["mlp"] == ()):
             yield axes
 
 

@@ -14,16 +14,28 @@ from autoshard.plan.files import load_strategy
 from autoshard.search.candidates import Space
 from autoshard.search.pinning import with_pins
 
-PINS = {"llama3-tiny": {"vocab": "tensor"}, "gpt2-tiny": {"kv_heads": "tensor"}}
+PINS = {
+    "llama3-tiny": {"rules.vocab": "tensor", "rules.seq.residual": "none"},
+    "gpt2-tiny": {"rules.kv_heads": "tensor", "rules.vocab": "none"},
+}
 
 
 @pytest.mark.parametrize("chips", ["h100:8", "v5e:2x4", "cpu:8"])
-@pytest.mark.parametrize("model", ["llama3-tiny", "gpt2-tiny"])
-def test_no_storage_is_below_the_bound_of_its_family(model, chips):
+@pytest.mark.parametrize(
+    ("model", "storage"),
+    [
+        ("llama3-tiny", {}),
+        ("gpt2-tiny", {}),
+        # The update then moves what other storage leaves where it is.
+        ("gpt2-tiny", {"storage.gradients": "context+data"}),
+        ("llama3-tiny", {"storage.optimizer": "fsdp+data"}),
+    ],
+)
+def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
     there = cluster(chips)
     step = make_step(model, scan=True)
-    pins = {f"rules.{k}": v for k, v in PINS[model].items()}
-    strategy = with_pins(load_strategy("auto"), {**pins, "rules.heads": "tensor"})
+    pins = {**PINS[model], "rules.heads": "tensor", **storage}
+    strategy = with_pins(load_strategy("auto"), pins)
     space = Space(step, (abstract_batch(),), lambda _: None, strategy)
     groups = space.price(strategy, there)
 
@@ -40,4 +52,4 @@ def test_no_storage_is_below_the_bound_of_its_family(model, chips):
             held = group.pricer.liveness.held_bytes(Meshes(there, group.sizes))
             assert (held <= group.peak_bytes).all(), group.strategy
             compared += len(group.sizes)
-    assert compared > 1000
+    assert compared > 300

@@ -1,0 +1,79 @@
+"""What is in conflict when nothing fits, against all sets of fixed fields."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from helpers.spaces import floats, mlp_step, of_mesh, small_memory
+
+from autoshard.ir.errors import InfeasibleError
+from autoshard.plan.cluster import cluster
+from autoshard.plan.files import load_strategy
+from autoshard.search.pinning import fixed_fields
+from autoshard.search.remedy import conflicts
+from autoshard.search.solver import Solver
+
+STEP, BATCH = mlp_step(layers=2), floats(8, 32)
+HELD = of_mesh(
+    "data", "fsdp",
+    sizes={"data": 4, "fsdp": 1},
+    storage={"params": (), "gradients": (), "optimizer": ()},
+    microbatches=1,
+)  # fmt: skip
+
+
+def fastest_s(solver, keys):
+    """Of what fits with fields made holes, None if nothing does."""
+    try:
+        ranked = solver.pinned(dict.fromkeys(keys, "auto")).explored().ranked
+    except InfeasibleError:
+        return None
+    return ranked[0][0] if ranked else None
+
+
+@pytest.mark.parametrize("limit", [120_000, 90_000, 70_000])
+def test_the_smallest_set_in_conflict_and_the_nearest_changes(limit):
+    chips = small_memory(cluster("cpu:4"), limit)
+    fixed = fixed_fields(HELD)
+    solver = Solver(STEP, (BATCH,), chips, HELD)
+    opening = {
+        keys: fastest_s(solver, keys)
+        for size in range(len(fixed) + 1)
+        for keys in itertools.combinations(fixed, size)
+    }
+    assert opening[()] is None
+    texts, changes = conflicts(solver.space, chips, HELD)
+    named = [text.split(" = ")[0] for text in texts]
+    # In conflict: to open all the other fields does not help, and no smaller set does
+    # that.
+    others = tuple(key for key in fixed if key not in named)
+    fits = opening[tuple(fixed)] is not None
+    assert bool(named) == fits
+    if fits:
+        assert opening[others] is None
+        for keys in itertools.combinations(fixed, len(named) - 1):
+            rest = tuple(key for key in fixed if key not in keys)
+            assert opening[rest] is not None, keys
+    # Changes: the fewest fields, each with the time that it leads to.
+    least = min((len(k) for k, s in opening.items() if s is not None), default=0)
+    assert bool(changes) == fits
+    for text, step_s in changes:
+        keys = tuple(part.split(" = ")[0] for part in text.split(" and "))
+        assert len(keys) == least
+        ordered = tuple(key for key in fixed if key in keys)
+        assert opening[ordered] == pytest.approx(step_s, rel=1e-9)
+
+
+def test_the_line_of_a_file_is_said(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'name = "mine"\nabout = "x"\n[mesh]\ndata = "auto"\nfsdp = "auto"\n'
+        '[rules]\nbatch = ["data", "fsdp"]\n[storage]\nparams = "auto"\n'
+        'gradients = "auto"\noptimizer = []\n[schedule]\nmicrobatches = "auto"\n'
+    )
+    strategy = load_strategy(str(file))
+    chips = small_memory(cluster("cpu:4"), 120_000)
+    with pytest.raises(InfeasibleError) as caught:
+        Solver(STEP, (BATCH,), chips, strategy).plans()
+    assert "In conflict: storage.optimizer = [] (mine.toml:11)." in str(caught.value)
