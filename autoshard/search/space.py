@@ -88,8 +88,8 @@ def _sensible(
     """Whether the holes are filled with something that no other filling is better than.
 
     Keys and values are heads of attention too: to shard them while queries are whole
-    only adds a gather. Tensor parallelism of neither attention nor the MLP leaves its
-    devices to do the same work; without any it is the axis that is not used.
+    only adds a gather. Attention and the MLP are tensor parallel together or not at
+    all, then the axis is not used; one without the other has to be wished for.
     """
     axes = {rule.logical: rule.axes for rule in chosen}
     holes = {rule.logical for rule in asked if rule.axes == "auto"}
@@ -97,7 +97,7 @@ def _sensible(
         return False
     if {"heads", "mlp"} <= holes and _TENSOR in _rule_domain("mlp", mesh):
         unused = not any("tensor" in own for own in axes.values())
-        return bool(axes["heads"] or axes["mlp"]) or unused
+        return bool(axes["heads"] and axes["mlp"]) or unused
     return True
 
 

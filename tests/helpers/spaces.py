@@ -127,8 +127,9 @@ def _ruled(strategy: Strategy) -> Iterator[dict[str, tuple[str, ...]]]:
         axes = dict(zip(options, chosen, strict=True))
         used = any("tensor" in over for over in chosen)
         lone = {"heads", "kv_heads"} <= holes and axes["kv_heads"] > axes["heads"]
-        idle = {"heads", "mlp"} <= holes and "tensor" in mesh
-        if not lone and not (idle and used and axes["heads"] == axes["mlp"] == ()):
+        together = {"heads", "mlp"} <= holes and "tensor" in mesh
+        both = axes.get("heads") and axes.get("mlp")
+        if not lone and not (together and used and not both):
             yield axes
 
 
