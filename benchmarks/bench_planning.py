@@ -71,6 +71,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--into", type=Path, default=_record.RESULTS, metavar="DIR")
     parser.add_argument("--runs", type=int, default=3, metavar="N")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases that have it")
     return parser.parse_args()
 
 
@@ -113,24 +114,28 @@ def search(arguments: tuple[str, ...], scratch: Path) -> dict[str, Any]:
 def growth(cases: list[dict[str, Any]]) -> dict[str, float]:
     """The power with which wall time rises, between two cases each."""
     wall_s = {case["case"]: case["wall_s"] for case in cases}
-    few, many = (wall_s[f"{layers} unrolled layers on h100:512"] for layers in LAYERS)
-    small, large = (wall_s[f"llama3-405b on h100:{n}"] for n in (16384, 98304))
-    return {
-        "with_layers": math.log(many / few) / math.log(LAYERS[1] / LAYERS[0]),
-        "with_chips": math.log(large / small) / math.log(98304 / 16384),
-    }
+    found = {}
+    for name, form, sizes in (
+        ("with_layers", "{} unrolled layers on h100:512", LAYERS),
+        ("with_chips", "llama3-405b on h100:{}", (16384, 98304)),
+    ):
+        few, many = (wall_s.get(form.format(size)) for size in sizes)
+        if few and many:
+            found[name] = math.log(many / few) / math.log(sizes[1] / sizes[0])
+    return found
 
 
 def main() -> int:
     """Measures all cases; 1 when a bar is missed."""
     given, start = options(), _record.begin()
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
+    chosen = {name: case for name, case in CASES.items() if given.only in name}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     with tempfile.TemporaryDirectory() as scratch:
         for layers in LAYERS:
             config = {**DEEP, "num_hidden_layers": layers}
             (Path(scratch) / f"{layers}.json").write_text(json.dumps(config))
         for _ in range(given.runs):
-            for name, case in CASES.items():
+            for name, case in chosen.items():
                 runs[name].append(search(case["arguments"], Path(scratch)))
     cases = []
     for name, found in runs.items():
@@ -172,7 +177,8 @@ def main() -> int:
         given.into,
         "planning",
         what=(__doc__ or "").strip(),
-        command="python benchmarks/bench_planning.py",
+        command="python benchmarks/bench_planning.py"
+        + (f" --only {given.only!r}" if given.only else ""),
         figures={
             "bar_peak_rss_bytes": BAR_RSS_BYTES,
             "runs_of_each": given.runs,
