@@ -64,7 +64,7 @@ def by_tracing() -> tuple[float, int, int]:
     from autoshard import api
     from autoshard.plan.cluster import cluster
     from autoshard.plan.schema import ModelRef
-    from autoshard.search.search import Space
+    from autoshard.search.candidates import Space
 
     ref = ModelRef(
         model="llama3-8b",

@@ -172,7 +172,7 @@ def planned_parts(
     from autoshard.cost.constants import Constants
     from autoshard.cost.rates import Rates
     from autoshard.ir.mesh import AXES
-    from autoshard.search.search import Space
+    from autoshard.search.candidates import Space
 
     chips = api.cluster(plan.cluster.name)
     space = Space(resolved.step, (resolved.batch,), lambda _: None, plan.strategy)

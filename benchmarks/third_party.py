@@ -61,7 +61,7 @@ def full(name: str) -> dict[str, Any]:
 
     from autoshard import cluster
     from autoshard.plan.files import load_strategy, strategy_names
-    from autoshard.search.search import Space
+    from autoshard.search.candidates import Space
 
     case = clients()[name].full()
     chips = cluster(FULL_CLUSTER)
@@ -108,6 +108,7 @@ def _propagated(space: Any, name: str, chips: Any) -> dict[str, Any]:
     from autoshard.plan.sharded import Layout
     from autoshard.propagate import propagate
     from autoshard.search.annotations import check_annotations
+    from autoshard.search.candidates import Watch
 
     strategy = load_strategy(name)
     # One trace serves all strategies that ship: none names axes or paths anew.
@@ -116,7 +117,9 @@ def _propagated(space: Any, name: str, chips: Any) -> dict[str, Any]:
     assert not strategy.replicate, name
     check_annotations(space.sketch("none").traced, strategy)
     schedule = strategy.schedule.model_copy(update={"remat": "none"})
-    groups = space.price(strategy.model_copy(update={"schedule": schedule}), chips)
+    watch = Watch()
+    structure = strategy.model_copy(update={"schedule": schedule})
+    groups = list(space.priced(structure, chips, watch=watch))
     capacity = chips.hbm_bytes * MEMORY_HEADROOM
     best = None
     for group in groups:
@@ -128,7 +131,7 @@ def _propagated(space: Any, name: str, chips: Any) -> dict[str, Any]:
                 best = (rank, group, k)
     counts = {
         "candidates": int(sum(len(g.sizes) for g in groups)),
-        "indivisible": int(sum(g.indivisible for g in groups)),
+        "indivisible": watch.indivisible,
     }
     if best is None:
         return {**counts, "error": "Indivisible", "message": "no candidate divides"}
