@@ -34,7 +34,8 @@ from autoshard.ir.train_step import TrainState, TrainStep
 from autoshard.ir.version import VERSION as __version__
 from autoshard.lower import ParallelStep
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import ModelRef, Plan, Strategy
+from autoshard.plan.schema import ModelRef, Plan
+from autoshard.plan.strategy import Strategy
 from autoshard.report.plots import plot_losses, plot_memory
 from autoshard.train import ByteCorpus, Trainer
 

@@ -18,7 +18,8 @@ from autoshard.ir.train_step import TrainStep, train_step
 from autoshard.lower import parallelize
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy, strategy_names
-from autoshard.plan.schema import Plan, Strategy
+from autoshard.plan.schema import Plan
+from autoshard.plan.strategy import Strategy
 from autoshard.search import search_plans
 from autoshard.verify import Comparison, Verdict, verify_collectives
 

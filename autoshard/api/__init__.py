@@ -46,7 +46,8 @@ from autoshard.plan.files import (
     save_type,
     strategy_names,
 )
-from autoshard.plan.schema import ModelRef, Plan, Strategy
+from autoshard.plan.schema import ModelRef, Plan
+from autoshard.plan.strategy import Strategy
 from autoshard.rules import register_rule
 from autoshard.rules.check import check_rule
 from autoshard.rules.registry import rules_of

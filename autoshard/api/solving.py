@@ -9,7 +9,8 @@ from autoshard.ir.annotations.paths import SpecMap
 from autoshard.ir.errors import InputError
 from autoshard.plan.cluster import Cluster, cluster
 from autoshard.plan.files import load_strategy
-from autoshard.plan.schema import ModelRef, Plan, Strategy
+from autoshard.plan.schema import ModelRef, Plan
+from autoshard.plan.strategy import Strategy
 from autoshard.search import Sizing, Solver, size_of, with_pins
 
 GIB = 2.0**30

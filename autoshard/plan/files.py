@@ -22,7 +22,8 @@ from autoshard.ir.errors import (
     PlanMismatchError,
 )
 from autoshard.plan.chip import ChipType, to_toml
-from autoshard.plan.schema import SCHEMA_VERSION, Plan, Strategy
+from autoshard.plan.schema import SCHEMA_VERSION, Plan
+from autoshard.plan.strategy import Strategy
 
 
 def strategies_dir() -> Any:

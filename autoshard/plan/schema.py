@@ -7,15 +7,12 @@ search filled in and what follows from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from jax.sharding import PartitionSpec
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import model_validator
 
-from autoshard.ir.errors import NameUnknownError
-from autoshard.ir.mesh import AXES, check_axis
+from autoshard.ir.mesh import AXES
 from autoshard.plan import views
 from autoshard.plan.base import PlanSpec, Record
 from autoshard.plan.predicted import Certificate as Certificate
@@ -30,212 +27,10 @@ from autoshard.plan.records import (
     Replicated,
     TrailStep,
 )
+from autoshard.plan.strategy import STATES, Strategy
 
 SCHEMA_VERSION = 1
 """Raised whenever an older plan could be misread."""
-
-Auto = Literal["auto"]
-Axes = tuple[str, ...]
-Remat = Literal["none", "full"]
-STATES = ("params", "gradients", "optimizer")
-
-
-class Rule(Record):
-    """One logical axis and the mesh axes that shard it in compute.
-
-    Attributes:
-        logical: A logical axis; with the suffix `.residual` the rule holds only for
-            activations between blocks, where nothing else wants the axes.
-        axes: Mesh axes, major first; `"auto"` is a hole.
-    """
-
-    logical: str
-    axes: Axes | Auto
-
-
-class Storage(Record):
-    """Mesh axes that shard each kind of state in memory beyond its compute spec.
-
-    ZeRO-1 is `optimizer`, ZeRO-2 adds `gradients`, ZeRO-3 (FSDP) adds `params`
-    (Rajbhandari et al. 2020, arXiv:1910.02054).
-    """
-
-    params: Axes | Auto = ()
-    gradients: Axes | Auto = ()
-    optimizer: Axes | Auto = ()
-
-
-class Schedule(Record):
-    """How a step is cut in time.
-
-    Attributes:
-        microbatches: Pieces the batch is cut into; gradients are accumulated.
-        pipeline: Pipeline schedule; only `"none"` exists yet.
-        remat: `"full"` recomputes each block in the backward pass.
-    """
-
-    microbatches: Annotated[int, Field(ge=1)] | Auto = 1
-    pipeline: Literal["none"] = "none"
-    remat: Remat | Auto = "none"
-
-
-class Strategy(Record):
-    """A policy: which axes exist, what they shard, and which fields search fills.
-
-    Attributes:
-        name: Its name in reports.
-        about: One sentence.
-        cite: Where it was published.
-        mesh: Size per mesh axis; an axis not named has size 1.
-        rules: Logical axis to mesh axes, in order of priority.
-        storage: See `Storage`.
-        schedule: See `Schedule`.
-        specs: Regular expression over parameter paths to mesh axes per dim: the first
-            that matches fixes the parameter. An entry is an axis, a list of axes, `""`
-            for a dim that stays whole, `"*"` for one that is left open, `"..."` at the
-            end for all that follow whole.
-        aliases: Canonical axis per name that the program gives a mesh axis, beyond
-            the well-known ones (`tp`, `dp`, ...).
-        replicate: Primitives without a factor rule that every device may compute
-            whole; each use is listed in the plan.
-
-    >>> Strategy(name="dp", about="", mesh={"data": "auto"},
-    ...          rules={"batch": ["data"]}).rules
-    (Rule(logical='batch', axes=('data',)),)
-    """
-
-    name: str
-    about: str
-    cite: tuple[str, ...] = ()
-    mesh: dict[str, Annotated[int, Field(ge=1)] | Auto]
-    rules: tuple[Rule, ...] = ()
-    storage: Storage = Storage()
-    schedule: Schedule = Schedule()
-    specs: dict[str, tuple[str | Axes, ...]] = Field(default_factory=dict)
-    aliases: dict[str, str] = Field(default_factory=dict)
-    replicate: tuple[str, ...] = ()
-    _places: dict[str, str] = PrivateAttr(default_factory=dict)
-
-    @property
-    def places(self) -> Mapping[str, str]:
-        """Where fields were fixed, by key, as far as that is known."""
-        return self._places
-
-    def where(self, key: str) -> str:
-        """Where a field was fixed, ` (my.toml:7)`; empty if that is not known.
-
-        Args:
-            key: `tensor`, `microbatches`, `storage.params`, `rules.vocab` and the like.
-        """
-        place = self._places.get(key)
-        return f" ({place})" if place else ""
-
-    def placed(self, places: Mapping[str, str]) -> Strategy:
-        """The same strategy, and where fields of it were fixed, by key."""
-        found = self.model_copy()
-        found._places = {**self._places, **places}
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        # Where a field was fixed is no part of the policy.
-        return isinstance(other, Strategy) and dict(self) == dict(other)
-
-    @field_validator("rules", mode="before")
-    @classmethod
-    def _rules_as_table(cls, value: object) -> object:
-        if isinstance(value, dict):
-            return [{"logical": k, "axes": v} for k, v in _dotted(value).items()]
-        return value
-
-    @model_validator(mode="after")
-    def _axes_are_known(self) -> Strategy:
-        for axis in self.mesh:
-            check_axis(axis, "[mesh]")
-        for rule in self.rules:
-            self._check(rule.axes, f"[rules] {rule.logical}")
-        names = [rule.logical for rule in self.rules]
-        for name in names:
-            if names.count(name) > 1:
-                raise NameUnknownError(f"[rules] {name!r} is given twice; keep one.")
-        for state in STATES:
-            self._check(getattr(self.storage, state), f"[storage] {state}")
-        for name, axis in self.aliases.items():
-            check_axis(axis, f"[aliases] {name}")
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """The logical axes that the rules name."""
-        return [rule.logical.removesuffix(".residual") for rule in self.rules]
-
-    def with_wishes(
-        self,
-        specs: Mapping[str, Any],
-        aliases: Mapping[str, str],
-        replicate: Iterable[str],
-    ) -> Strategy:
-        """The same policy with path maps, names of axes and opt-ins added to it.
-
-        Args:
-            specs: As the field; a value may also be a `jax.sharding.PartitionSpec`.
-                They come before those of the policy.
-            aliases: As the field.
-            replicate: As the field.
-        """
-        if not (specs or aliases or (replicate := tuple(replicate))):
-            return self
-        added = {text: _entries(spec) for text, spec in specs.items()}
-        return Strategy.model_validate(
-            {
-                **self.model_dump(),
-                "specs": {
-                    **added,
-                    **{k: v for k, v in self.specs.items() if k not in added},
-                },
-                "aliases": {**self.aliases, **aliases},
-                "replicate": tuple(dict.fromkeys((*self.replicate, *replicate))),
-            }
-        ).placed(self._places)
-
-    def _check(self, axes: Axes | Auto, where: str) -> None:
-        if axes == "auto":
-            return
-        for axis in axes:
-            check_axis(axis, where)
-            if axis not in self.mesh:
-                raise NameUnknownError(
-                    f"{where} uses mesh axis {axis!r}, which [mesh] does not name; "
-                    f'add `{axis} = "auto"` there, or drop it here.'
-                )
-        if len(axes) != len(set(axes)):
-            raise NameUnknownError(f"{where} = {list(axes)} names an axis twice.")
-
-
-def _entries(spec: Any) -> tuple[str | Axes, ...]:
-    """A `PartitionSpec`, which may end early, in the words of a strategy file."""
-    short = isinstance(spec, PartitionSpec) and len(spec) > 0
-    entries = tuple(
-        "*"
-        if entry is PartitionSpec.UNCONSTRAINED
-        else ""
-        if entry is None
-        else entry
-        if isinstance(entry, str)
-        else tuple(entry)
-        for entry in spec
-    )
-    return (*entries, "...") if short else entries
-
-
-def _dotted(table: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """TOML reads `seq.residual = x` as a nested table; both spellings are one name."""
-    flat: dict[str, object] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat.update(_dotted(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 class ModelRef(Record):

@@ -12,7 +12,7 @@ from autoshard.ir.mesh import canonical_axis
 from autoshard.ir.ties import Blocks
 from autoshard.ir.trace import Traced
 from autoshard.plan.ragged import Ragged
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 from autoshard.rules import FactorRule
 
 LAYERS = "layers"

@@ -12,7 +12,8 @@ from typing import Any
 
 from autoshard.ir.errors import InputError, PlanMismatchError
 from autoshard.ir.mesh import Spec
-from autoshard.plan.schema import STATES, Estimate, Plan, TensorPlan
+from autoshard.plan.schema import Estimate, Plan, TensorPlan
+from autoshard.plan.strategy import STATES
 from autoshard.plan.views import headline
 
 Document = dict[str, Any]

@@ -12,8 +12,8 @@ from autoshard.ir.errors import InputError, NameUnknownError
 from autoshard.ir.mesh import AXES
 from autoshard.ir.seeds import Seed, written
 from autoshard.ir.trace import Traced
-from autoshard.plan.schema import Strategy
 from autoshard.plan.sharded import RESIDUAL
+from autoshard.plan.strategy import Strategy
 
 
 def _annotated(traced: Traced) -> Iterator[tuple[str, tuple[int, ...], Any]]:

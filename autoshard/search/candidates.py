@@ -21,8 +21,8 @@ from autoshard.ir.mesh import AXES
 from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import STATES, Strategy
 from autoshard.plan.sharded import Layout
+from autoshard.plan.strategy import STATES, Strategy
 from autoshard.propagate import propagate
 from autoshard.search import space
 from autoshard.search.divisible import batch_divides, divisible

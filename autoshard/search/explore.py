@@ -11,7 +11,7 @@ import numpy as np
 from autoshard.cost import fastest_s
 from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 from autoshard.search import space
 from autoshard.search.candidates import Candidates, Space, Watch
 

@@ -20,10 +20,10 @@ from autoshard.plan.schema import (
     ModelRef,
     Plan,
     ProgramRef,
-    Strategy,
     TensorPlan,
 )
 from autoshard.plan.sharded import OUTPUT, Layout, ShardedProgram
+from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
 from autoshard.search.pins import constraints
 from autoshard.search.reading import classes_of, read

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from autoshard.ir.errors import AutoshardError, InputError, NameUnknownError
 from autoshard.ir.mesh import AXES
-from autoshard.plan.schema import STATES, Rule, Schedule, Strategy
+from autoshard.plan.strategy import STATES, Rule, Schedule, Strategy
 from autoshard.search.space import KNOWN_RULES
 
 _SCHEDULE = tuple(Schedule.model_fields)

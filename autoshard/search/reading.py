@@ -9,8 +9,8 @@ from autoshard.cost.work import Work, analyse
 from autoshard.ir.annotations.paths import with_specs
 from autoshard.ir.errors import InfeasibleError
 from autoshard.ir.trace import Traced, trace
-from autoshard.plan.schema import Strategy
 from autoshard.plan.sharded import DimClasses
+from autoshard.plan.strategy import Strategy
 from autoshard.propagate import find_classes
 from autoshard.propagate.classes import Hint
 from autoshard.search.annotations import check_annotations

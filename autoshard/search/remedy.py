@@ -12,7 +12,7 @@ from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import AutoshardError
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.files import load_strategy
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 from autoshard.search.candidates import Candidates, Space
 from autoshard.search.divisible import what_fails
 from autoshard.search.explore import Explored

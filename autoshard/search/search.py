@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import ModelRef, Plan, Strategy
+from autoshard.plan.schema import ModelRef, Plan
+from autoshard.plan.strategy import Strategy
 from autoshard.search.solver import Log, Solver
 
 

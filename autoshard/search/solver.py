@@ -7,7 +7,8 @@ from typing import Any
 
 from autoshard.ir.errors import InfeasibleError
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import Certificate, ModelRef, Plan, Strategy
+from autoshard.plan.schema import Certificate, ModelRef, Plan
+from autoshard.plan.strategy import Strategy
 from autoshard.search.candidates import Space
 from autoshard.search.explore import Entry, Explored, explore
 from autoshard.search.finish import finish

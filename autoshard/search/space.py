@@ -10,7 +10,7 @@ import numpy as np
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import STATES, Axes, Rule, Storage, Strategy
+from autoshard.plan.strategy import STATES, Axes, Rule, Storage, Strategy
 
 _BATCH_AXES = ("data", "fsdp")
 _TENSOR = ("tensor",)

@@ -13,7 +13,7 @@ from fuzz.describe import Array, Case, floating
 from fuzz.ops_structure import loss_of, run_body
 
 import autoshard as ash
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 
 
 @dataclass(frozen=True)

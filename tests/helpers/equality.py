@@ -17,7 +17,7 @@ from autoshard.ir.train_step import path_string, train_step
 from autoshard.lower import parallelize
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy, plan_from_json, plan_to_json
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 from autoshard.search import search_plans
 
 BATCH, SEQ, STEPS = 16, 32, 3

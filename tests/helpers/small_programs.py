@@ -13,7 +13,7 @@ import optax
 import autoshard as ash
 from autoshard.ir.train_step import TrainStep, train_step
 from autoshard.plan.cluster import Cluster, cluster
-from autoshard.plan.schema import Rule, Schedule, Storage, Strategy
+from autoshard.plan.strategy import Rule, Schedule, Storage, Strategy
 
 _DIMS = (2, 3, 4, 6, 8, 8, 12, 16, 16, 32, 64)
 _CLUSTERS = (

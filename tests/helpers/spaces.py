@@ -18,8 +18,8 @@ from autoshard.ir.errors import InputError
 from autoshard.ir.mesh import AXES
 from autoshard.ir.train_step import TrainStep, train_step
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import Rule, Schedule, Storage, Strategy
 from autoshard.plan.sharded import Layout
+from autoshard.plan.strategy import Rule, Schedule, Storage, Strategy
 from autoshard.propagate import propagate
 from autoshard.search.divisible import divisible
 from autoshard.search.reading import Sketch

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 import autoshard as ash
 from autoshard.ir.errors import InputError, RuleMissingError
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 
 ROWS, WIDTH = 16, 8
 

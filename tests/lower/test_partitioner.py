@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import autoshard as ash
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 
 
 def both(fn, *args, mesh, **rules):

@@ -10,7 +10,7 @@ from autoshard import report
 from autoshard.ir.annotate import annotate
 from autoshard.ir.errors import NameUnknownError, PlanMismatchError
 from autoshard.plan.files import plan_from_json, plan_to_json
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 from autoshard.report import depth, table
 from autoshard.report.provenance import provenance
 

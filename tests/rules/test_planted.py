@@ -18,7 +18,7 @@ from rules.plant import instead, planted
 import autoshard as ash
 from autoshard.ir.errors import InputError
 from autoshard.ir.program import build
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 from autoshard.rules import register_rule, rule_of
 from autoshard.rules.check import check_rule, loose_factors
 from autoshard.verify import verify_collectives

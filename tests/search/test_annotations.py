@@ -16,7 +16,7 @@ from autoshard.ir.trace import trace
 from autoshard.ir.train_step import train_step
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
-from autoshard.plan.schema import Rule
+from autoshard.plan.strategy import Rule
 from autoshard.search import search_plans
 from autoshard.search.annotations import check_annotations
 

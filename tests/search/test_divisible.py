@@ -7,7 +7,7 @@ from propagate.programs import mlp_step, shape
 
 import autoshard as ash
 from autoshard.ir.errors import InfeasibleError
-from autoshard.plan.schema import Schedule, Storage, Strategy
+from autoshard.plan.strategy import Schedule, Storage, Strategy
 
 
 def refused(fn, *args, chips=4, **given):

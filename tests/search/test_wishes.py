@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard as ash
 from autoshard.ir.errors import InfeasibleError, InputError, NameUnknownError
-from autoshard.plan.schema import Strategy
+from autoshard.plan.strategy import Strategy
 
 W, X = (
     jax.ShapeDtypeStruct((16, 32), "float32"),
