@@ -59,6 +59,9 @@ class Buffer:
     result: int = -1
 
 
+Share = np.ndarray[Any, np.dtype[np.float64]]
+"""Part that a stage has, by place."""
+
 _Key = tuple[tuple[int, ...], int, Dims]
 
 
@@ -86,14 +89,22 @@ class Liveness:
         self.program = sharded.traced.program
         self._local_bytes = local_bytes
 
-    def state_bytes(self, meshes: Meshes) -> dict[str, Vector]:
-        """Bytes of the arguments on one device, by state."""
+    def state_bytes(
+        self, meshes: Meshes, share: Share | None = None
+    ) -> dict[str, Vector]:
+        """Bytes of the arguments on one device, by state.
+
+        Args:
+            meshes: The candidates.
+            share: As in `memory`.
+        """
         table: dict[str, Vector] = {}
         tiles: dict[_Key, Vector | float] = {}
         for value, info in zip(
             self.program.inputs, self.sharded.traced.inputs, strict=True
         ):
             size = self._whole(value, self.sharded.specs[value], meshes, tiles)
+            size = size if share is None else size * share[self._place[value]]
             table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
         return table
 
@@ -101,7 +112,13 @@ class Liveness:
         """Bytes of all arguments on one device: the peak is not below them."""
         return sum(self.state_bytes(meshes).values(), np.zeros(len(meshes)))
 
-    def memory(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, dict[str, Vector]]:
+    def memory(
+        self,
+        meshes: Meshes,
+        cuts: Vector,
+        share: Share | None = None,
+        waiting: Vector | None = None,
+    ) -> tuple[Vector, dict[str, Vector]]:
         """Peak bytes per device, and what is alive at the peak, by kind.
 
         Arguments are donated and live throughout; other values live from the op that
@@ -110,6 +127,10 @@ class Liveness:
         Args:
             meshes: The candidates.
             cuts: float64[candidate]; microbatches of each.
+            share: What a pipeline stage has of what belongs to each place of
+                `segments`, float64[place, candidate]; everything where it is None.
+            waiting: Microbatches beyond the current one whose activations are kept for
+                their backward pass.
         """
         count = len(self.program.ops) + 2
         deltas = {kind: np.zeros((count, len(meshes))) for kind in KINDS}
@@ -119,20 +140,38 @@ class Liveness:
             deltas[kind][begin] += size
             deltas[kind][end + 1] -= size
 
+        stash = np.zeros(len(meshes))
         for buffer in self.buffers:
             if buffer.only in ("", meshes.cluster.kind):
                 size = self._size(buffer, meshes, cuts, tiles)
+                size = (
+                    size if share is None else size * share[self._place[buffer.value]]
+                )
+                if waiting is not None and self._is_stash(buffer):
+                    stash += size * waiting
                 live(buffer.kind, size, buffer.begin, buffer.end)
         for value in self._gradient_leaves:
             size = self._whole(value, self.sharded.specs[value], meshes, tiles)
+            size = size if share is None else size * share[self._place[value]]
             live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
+        deltas["activations"][0] += stash
         totals = {kind: np.cumsum(delta, axis=0) for kind, delta in deltas.items()}
         whole = sum(totals.values())
         at = np.argmax(whole, axis=0)
         columns = np.arange(len(meshes))
-        table = self.state_bytes(meshes)
+        table = self.state_bytes(meshes, share)
         table.update({kind: total[at, columns] for kind, total in totals.items()})
         return np.asarray(sum(table.values())), table
+
+    @property
+    def _place(self) -> np.ndarray:
+        """Where each value belongs when the program is cut into stages."""
+        return self.work.segments.of_value
+
+    def _is_stash(self, buffer: Buffer) -> bool:
+        """Whether a buffer keeps what the backward pass needs of a microbatch."""
+        whole = not buffer.needs and buffer.result < 0
+        return whole and buffer.value in self.work.segments.stashed
 
     def _size(
         self,

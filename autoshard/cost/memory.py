@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from autoshard.cost.constants import Constants
+from autoshard.cost.pipeline import in_flight
 from autoshard.cost.run import Runs, Vector
 
 TPU_RUNTIME_BYTES = 0.3e9
@@ -182,18 +183,8 @@ def _layers(runs: Runs, at: Vector) -> Vector:
 
 def _flight(runs: Runs, at: Vector) -> Vector:
     """Microbatches of which a stage holds activations, as many stages' worth."""
-    stages, parts = runs.stage, runs.virtual
     schedule = np.array([r.layout.schedule for r in runs.runs])
-    plain = stages - at
-    # Warm-up of Megatron's interleaved schedule, in parts of a stage (Korthikanti et
-    # al. 2022, arXiv:2205.05198, section 4.2.3, for the first stage).
-    warm = 2 * (stages - at - 1) + (parts - 1) * stages + 1
-    plain = np.where((parts > 1) & (stages > 1), warm / parts, plain)
-    # Zero-bubble schedules let every stage hold as much as 1F1B's first, or twice
-    # (Qi et al. 2024, arXiv:2401.10241, section 4).
-    even = np.isin(schedule, ["zb-h1", "zb-1p"])
-    plain = np.where(even, stages, np.where(schedule == "zb-2p", 2 * stages, plain))
-    return np.minimum(plain, runs.microbatches)
+    return in_flight(schedule, runs.stage, at, runs.virtual, runs.microbatches)
 
 
 def _moments(runs: Runs, constants: Constants, stage: _Stage) -> list[Memory]:

@@ -6,6 +6,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,10 @@ from autoshard.cost.moves import (
     unique_moves,
 )
 from autoshard.cost.overlap import prefetched, trailing
+from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.rates import Rates
+from autoshard.cost.segments import BOTH
+from autoshard.cost.stages import PLACES, STAGE, Cut, Parts, Table, cut, staged, waiting
 from autoshard.cost.work import Work
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import OUTPUT, Exchange, ShardedProgram
@@ -43,6 +47,9 @@ class Prices:
         collective_s: Seconds in collectives, as far as computation does not hide them.
         peak_bytes: Bytes per device at the peak.
         hidden_s: Seconds in collectives beside computation.
+        bubble_s: Seconds in which the slowest stage of a pipeline waits for others.
+        sent_s: Seconds in transfers between stages, as far as they show.
+        cut: How they are cut into stages; None where they are not.
     """
 
     matmul_s: Vector
@@ -50,11 +57,15 @@ class Prices:
     collective_s: Vector
     peak_bytes: Vector
     hidden_s: Vector
+    bubble_s: Vector | float = 0.0
+    sent_s: Vector | float = 0.0
+    cut: Cut | None = None
 
     @property
     def step_s(self) -> Vector:
         """Seconds per step."""
-        return self.matmul_s + self.other_s + self.collective_s
+        work = self.matmul_s + self.other_s + self.collective_s
+        return work + self.bubble_s + self.sent_s
 
 
 class Pricer:
@@ -85,7 +96,7 @@ class Pricer:
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
     ) -> Prices:
-        """Prices candidates.
+        """Prices candidates of one stage.
 
         Args:
             cluster: Where they run.
@@ -99,10 +110,75 @@ class Pricer:
             InputError: The chip has no peak for a dtype the program multiplies in.
         """
         meshes = Meshes(cluster, sizes)
+        parts = self.parts(meshes, microbatches)
+        peak, _ = self.liveness.memory(meshes, microbatches)
+        matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
+        shown = parts.shown.sum(axis=0)
+        hidden = parts.collective.sum(axis=0) - shown
+        return Prices(matmul, other, shown, peak, hidden)
+
+    def price_stages(
+        self,
+        cluster: Cluster,
+        sizes: np.ndarray[Any, np.dtype[np.int64]],
+        microbatches: Vector,
+        pipelines: Sequence[Pipeline],
+    ) -> Iterator[Prices]:
+        """Prices candidates of several stages, once for each pipeline.
+
+        Args:
+            cluster: As in `price`.
+            sizes: As in `price`.
+            microbatches: As in `price`.
+            pipelines: How stages take turns.
+
+        Yields:
+            Costs per candidate, as in `price`, with the cut; those of a candidate that
+            cannot be cut so mean nothing.
+        """
+        meshes = Meshes(cluster, sizes)
+        parts = self.parts(meshes, microbatches)
+        found, counts = self.work.segments, meshes.product(STAGE)
+        sent = np.zeros(len(meshes))
+        for v in found.sent:
+            axes = axes_of(self.sharded.specs[v])
+            sent += self.local_bytes(v, axes, meshes, microbatches)
+        shared = np.zeros(len(meshes))
+        for v in self._gradient_leaves():
+            if found.of_value[v] == BOTH:
+                axes = axes_of(self.sharded.specs[v])
+                shared += self.local_bytes(v, axes, meshes, np.ones(1))
+        for pipeline in pipelines:
+            how = cut(pipeline, found.blocks, parts, counts, microbatches)
+            time = staged(
+                how, parts, meshes, microbatches, sent, shared, self.constants
+            )
+            peak = np.zeros(len(meshes))
+            for stage in how.stages:
+                later = waiting(how, stage, counts, microbatches)
+                bytes_, _ = self.liveness.memory(
+                    meshes, microbatches, stage.share, later
+                )
+                peak = np.maximum(peak, np.where(stage.exists, bytes_, 0.0))
+            yield Prices(
+                time.matmul,
+                time.other,
+                time.shown,
+                peak,
+                time.hidden,
+                time.bubble,
+                time.sent,
+                how,
+            )
+
+    def parts(self, meshes: Meshes, microbatches: Vector) -> Parts:
+        """Seconds of a step by what belongs together, all blocks on every chip."""
+        cluster = meshes.cluster
         rates = Rates.of(cluster, self.constants)
-        matmul, other = self.compute_s(meshes, microbatches, rates)
-        ahead, after, between = (np.zeros(len(meshes)) for _ in range(3))
-        for index in range(len(self.moves)):
+        matmul, other, update = self._compute_parts(meshes, microbatches, rates)
+        ahead, after, between = (np.zeros((PLACES, len(meshes))) for _ in range(3))
+        of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
+        for index, move in enumerate(self.moves):
             where = (
                 ahead
                 if index in self._prefetched
@@ -110,14 +186,18 @@ class Pricer:
                 if index in self._trailing
                 else between
             )
+            place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
             for _, time, _, _ in self.collective(index, meshes, microbatches):
-                where += time
+                where[place] += time
         for exchange in self.sharded.exchanges:
-            between += self.exchange(exchange, meshes, microbatches)[0]
-        shown = self._exposed(cluster, matmul + other, ahead, after, between)
-        peak, _ = self.liveness.memory(meshes, microbatches)
-        hidden = ahead + after + between - shown
-        return Prices(matmul, other, shown, peak, hidden)
+            seconds = self.exchange(exchange, meshes, microbatches)[0]
+            between[of_op[exchange.op]] += seconds
+        collective = ahead + after + between
+        work = (matmul + other).sum(axis=0)
+        sums = (kind.sum(axis=0) for kind in (ahead, after, between))
+        exposed = self._exposed(cluster, work, *sums)
+        whole = np.maximum(collective.sum(axis=0), np.finfo(float).tiny)
+        return Parts(matmul, other, update, collective, collective / whole * exposed)
 
     def floor_s(
         self,
@@ -216,20 +296,30 @@ class Pricer:
         self, meshes: Meshes, cuts: Vector, rates: Rates
     ) -> tuple[Vector, Vector]:
         """Seconds in products, and in all else that a chip computes, at some rates."""
-        matmul, other = np.zeros(len(meshes)), np.zeros(len(meshes))
+        matmul, other, _ = self._compute_parts(meshes, cuts, rates)
+        return matmul.sum(axis=0), other.sum(axis=0)
+
+    def _compute_parts(
+        self, meshes: Meshes, cuts: Vector, rates: Rates
+    ) -> tuple[Table, Table, Table]:
+        """The same by what belongs together, and the update's part of both."""
+        matmul, other, update = (np.zeros((PLACES, len(meshes))) for _ in range(3))
+        places = self.work.segments
         for time in self.compute.times(meshes, cuts, rates):
-            if time.kernel.kind == "product":
-                matmul += time.total_s
-            else:
-                other += time.total_s
+            place = places.of_op[time.kernel.op]
+            of_kind = matmul if time.kernel.kind == "product" else other
+            of_kind[place] += time.total_s
+            if self.work.update[time.kernel.op]:
+                update[place] += time.total_s
         # Microbatches: read the sum, read the new gradient, write the sum.
         for value in self._gradient_leaves():
             size = self.local_bytes(
                 value, axes_of(self.sharded.specs[value]), meshes, np.ones(1)
             )
             moved = 3 * size / rates.hbm_bytes_per_s
-            other += np.where(cuts > 1, cuts * moved, 0.0)
-        return matmul, other
+            place = places.of_value[value]
+            other[place] += np.where(cuts > 1, cuts * moved, 0.0)
+        return matmul, other, update
 
     def _gradient_leaves(self) -> list[int]:
         return [

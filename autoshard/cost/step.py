@@ -23,6 +23,7 @@ from autoshard.cost.layer import (
     transfers,
 )
 from autoshard.cost.overlap import prefetched, trailing
+from autoshard.cost.pipeline import bubble_share
 from autoshard.cost.run import Runs, Vector
 
 UPDATE_BYTES = 20
@@ -221,12 +222,6 @@ def _stages(runs: Runs, each: Vector, head: Vector) -> Vector:
 def _bubble(runs: Runs, constants: Constants, stage: Vector, mean: Vector) -> Vector:
     """Seconds in which the slowest stage waits for the pipeline to fill and drain.
 
-    (p - 1) / v of a stage for 1F1B with p stages of v parts (Narayanan et al. 2021,
-    arXiv:2104.04473): each of the other stages is waited for once. A zero-bubble
-    schedule fills it with weight gradients (Qi et al. 2024, arXiv:2401.10241): ZB-H1
-    leaves a third, the others little; but two thirds of the first p - 1 units have no
-    microbatch yet whose gradients could fill them.
-
     Args:
         runs: What is run.
         constants: Of the cost model.
@@ -234,17 +229,10 @@ def _bubble(runs: Runs, constants: Constants, stage: Vector, mean: Vector) -> Ve
         mean: Seconds of the average stage.
     """
     schedule = np.array([r.layout.schedule for r in runs.runs])
-    least = np.select(
-        [schedule == "zb-h1", schedule == "zb-1p"],
-        [1 / 3, 0.3],
-        constants["pipeline.zero_bubble"],
-    )
-    others = runs.stage - 1
-    early = 2 * others - runs.microbatches / 2 + 1
-    share = np.maximum(least, early / np.maximum(3 * others, 1.0))
-    filled = np.char.startswith(schedule, "zb")
+    zero_bubble = constants["pipeline.zero_bubble"]
+    share = bubble_share(schedule, runs.stage, runs.microbatches, zero_bubble)
     waited = np.maximum(runs.stage * mean - stage, 0.0)
-    return np.where(filled, share, 1.0) * waited / runs.virtual
+    return share * waited / runs.virtual
 
 
 def _sent(runs: Runs, constants: Constants, part: Layer) -> Vector:

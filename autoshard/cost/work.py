@@ -8,10 +8,11 @@ residual kept for the backward pass).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from autoshard.cost.schedule import lifetimes, positions
+from autoshard.cost.segments import UNCUT, Segments, segments
 from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
 from autoshard.ir.train_step import UPDATE_SCOPE
@@ -39,6 +40,7 @@ class Work:
         death: Per value, the last position at which it is needed.
         over: Values that are written over the result of a product.
         gradients: Values that hold gradients.
+        segments: Where its blocks are, between which stages can be cut.
     """
 
     runs: tuple[int, ...]
@@ -52,6 +54,7 @@ class Work:
     death: tuple[int, ...]
     over: frozenset[int]
     gradients: frozenset[int]
+    segments: Segments = UNCUT
 
 
 def analyse(traced: Traced, classes: DimClasses) -> Work:
@@ -66,7 +69,7 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
     at = positions(program)
     materialised = _materialised(program, classes)
     birth, death, over = lifetimes(traced, at, materialised)
-    return Work(
+    work = Work(
         runs=tuple(runs[op.region] for op in program.ops),
         flops=tuple(
             rule.flops_per_point * prod(rule.sizes, start=1.0) for rule in rules
@@ -81,6 +84,7 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
         over=over,
         gradients=_gradients(program, classes),
     )
+    return replace(work, segments=segments(traced, classes, work))
 
 
 def _materialised(program: Program, classes: DimClasses) -> tuple[bool, ...]:

@@ -1,0 +1,239 @@
+"""A program cut into pipeline stages, priced from what it takes when it is not cut.
+
+    step = slowest stage + bubble + what of the transfers between stages shows
+
+Every candidate has its own balanced cut. What collectives do not hide behind is spread
+over the parts of the program in proportion to their collectives, so that a stage takes
+the sum of what it has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autoshard.cost.collectives import Meshes, Vector
+from autoshard.cost.constants import Constants
+from autoshard.cost.pipeline import (
+    Counts,
+    Pipeline,
+    balanced,
+    bubble_share,
+    in_flight,
+)
+from autoshard.cost.segments import ALL, BLOCK, BOTH, EMBED, HEAD
+
+STAGE = frozenset(["stage"])
+PLACES = 5
+
+Table = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Seconds of a step in which all blocks are on every chip, by what has them.
+
+    Each is float64[place, candidate], places as in `segments`.
+
+    Attributes:
+        matmul: In matrix products.
+        other: In everything else a chip computes.
+        update: Of both, in the optimizer.
+        collective: In collectives, hidden or not.
+        shown: Of these, what computation does not hide.
+    """
+
+    matmul: Table
+    other: Table
+    update: Table
+    collective: Table
+    shown: Table
+
+    @property
+    def busy(self) -> Table:
+        """Seconds in which a chip computes or waits for collectives."""
+        return self.matmul + self.other + self.shown
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of every candidate, or several that are alike.
+
+    Attributes:
+        at: Which it is, from 0; of several the first.
+        blocks: How many blocks it has, float64[candidate].
+        share: By place, which part of what belongs there it has: [place, candidate].
+        exists: Whether a candidate has such a stage.
+    """
+
+    at: Vector
+    blocks: Vector
+    share: Table
+    exists: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How candidates are cut into stages.
+
+    Attributes:
+        pipeline: How the stages take turns.
+        first: Blocks of the first stage, int64[candidate].
+        last: Blocks of the last stage.
+        stages: The stages that differ: the first, those between, the last.
+        valid: Candidates that can be cut so.
+    """
+
+    pipeline: Pipeline
+    first: Counts
+    last: Counts
+    stages: tuple[Stage, ...]
+    valid: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def cut(
+    pipeline: Pipeline, blocks: int, parts: Parts, counts: Vector, cuts: Vector
+) -> Cut:
+    """Cuts candidates into stages, each as balanced as whole blocks allow.
+
+    Args:
+        pipeline: How the stages take turns.
+        blocks: Of the program.
+        parts: What it takes uncut.
+        counts: Stages, two or more, float64[candidate].
+        cuts: Microbatches, float64[candidate].
+    """
+    busy = parts.busy
+    spread = pipeline.vocab == "spread"
+    nothing = np.zeros(len(counts))
+    first = nothing if spread else busy[EMBED] + busy[BOTH]
+    last = nothing if spread else busy[HEAD] + busy[BOTH]
+    stages = counts.astype(np.int64)
+    valid = stages <= blocks
+    safe = np.where(valid, stages, 2 if blocks > 1 else 1)
+    head, tail = balanced(blocks, safe, busy[BLOCK] / blocks, first, last)
+    between = safe - 2
+    inside = -(-(blocks - head - tail) // np.maximum(between, 1))
+    fewest = (blocks - head - tail) // np.maximum(between, 1)
+    fewest = np.where(between > 0, np.minimum(fewest, np.minimum(head, tail)), head)
+    fewest = np.minimum(fewest, tail)
+    valid &= fewest >= pipeline.virtual
+    if pipeline.schedule == "interleaved":
+        # Microbatches pass in groups of as many as there are stages (Narayanan et al.
+        # 2021, section 2.2).
+        valid &= (pipeline.virtual > 1) & (cuts % counts == 0)
+
+    def stage(at: Vector, held: Counts, ends: tuple[int, ...], exists: Any) -> Stage:
+        share = np.zeros((PLACES, len(counts)))
+        share[BLOCK] = held / blocks
+        share[ALL] = 1.0
+        for place in (EMBED, HEAD, BOTH):
+            share[place] = 1 / counts if spread else float(place in ends)
+        return Stage(at, held.astype(float), share, np.broadcast_to(exists, at.shape))
+
+    return Cut(
+        pipeline,
+        head,
+        tail,
+        (
+            stage(nothing, head, (EMBED, BOTH), True),
+            stage(nothing + 1, inside, (), between > 0),
+            stage(counts - 1, tail, (HEAD, BOTH), True),
+        ),
+        valid,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StagedTime:
+    """Seconds of a step of candidates that are cut into stages.
+
+    Attributes:
+        matmul: In products, of the slowest stage.
+        other: In what else it computes.
+        shown: In its collectives, as far as they show.
+        hidden: In its collectives beside computation.
+        bubble: Waiting for the pipeline to fill and drain.
+        sent: In transfers between stages, as far as they show.
+    """
+
+    matmul: Vector
+    other: Vector
+    shown: Vector
+    hidden: Vector
+    bubble: Vector
+    sent: Vector
+
+
+def staged(
+    how: Cut,
+    parts: Parts,
+    meshes: Meshes,
+    cuts: Vector,
+    sent_bytes: Vector,
+    shared_bytes: Vector,
+    constants: Constants,
+) -> StagedTime:
+    """Prices candidates that are cut into stages.
+
+    Args:
+        how: The cut.
+        parts: What the program takes uncut.
+        meshes: The candidates.
+        cuts: Microbatches.
+        sent_bytes: What one microbatch hands from block to block, on one device.
+        shared_bytes: Gradients of what both ends have (tied embeddings), on one device.
+        constants: Of the cost model.
+    """
+    counts, pipeline = meshes.product(STAGE), how.pipeline
+
+    def total(table: Table) -> list[Vector]:
+        return [
+            np.where(stage.exists, (stage.share * table).sum(axis=0), 0.0)
+            for stage in how.stages
+        ]
+
+    times = np.array(total(parts.busy))
+    slowest = times.argmax(axis=0)
+
+    def of_slowest(table: Table) -> Vector:
+        return np.take_along_axis(np.array(total(table)), slowest[None], axis=0)[0]
+
+    # The update comes after the pipeline has drained.
+    each = parts.busy - parts.update
+    share = np.where(pipeline.vocab == "spread", 1.0, 2.0)
+    whole = each.sum(axis=0) + (share - 1) * each[BOTH] + (counts - 1) * each[ALL]
+    longest = np.array(total(each)).max(axis=0)
+    zero_bubble = constants["pipeline.zero_bubble"]
+    unfilled = bubble_share(pipeline.schedule, counts, cuts, zero_bubble)
+    waited = np.maximum(whole - longest, 0.0) / cuts
+    bubble = unfilled * waited / pipeline.virtual
+    # A microbatch goes to the next part, and its gradient comes back.
+    hop = meshes.time_s("permute", STAGE, sent_bytes)
+    shown = constants["network.point_to_point"]
+    sent = 2 * cuts * hop * shown * pipeline.virtual
+    if pipeline.vocab == "spread":
+        # All stages get the last block's result, and the sum of what they make of it.
+        sent = sent + 2 * cuts * meshes.time_s("all_reduce", STAGE, sent_bytes)
+    else:
+        sent = sent + 2 * meshes.time_s("permute", STAGE, shared_bytes)
+    return StagedTime(
+        matmul=of_slowest(parts.matmul),
+        other=of_slowest(parts.other),
+        shown=of_slowest(parts.shown),
+        hidden=of_slowest(parts.collective - parts.shown),
+        bubble=bubble,
+        sent=sent,
+    )
+
+
+def waiting(how: Cut, stage: Stage, counts: Vector, cuts: Vector) -> Vector:
+    """Microbatches beyond the current one whose activations a stage holds."""
+    pipeline = how.pipeline
+    held = in_flight(pipeline.schedule, counts, stage.at, pipeline.virtual, cuts)
+    # The vocabulary's forward and backward passes are a stage of their own in between
+    # (Yeung et al. 2024, section 5).
+    more = 1.0 if pipeline.vocab == "spread" else 0.0
+    return np.minimum(np.maximum(held, 1.0) + more, np.maximum(cuts, 1.0)) - 1.0
