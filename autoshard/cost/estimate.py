@@ -6,11 +6,13 @@ from collections import defaultdict
 
 import numpy as np
 
-from autoshard.cost.collectives import Meshes
+from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.compute import product_dtype
 from autoshard.cost.constants import Constants
-from autoshard.cost.price import MEMORY_HEADROOM, Pricer
+from autoshard.cost.pipeline import Pipeline
+from autoshard.cost.price import MEMORY_HEADROOM, Pricer, Prices
 from autoshard.cost.rates import Rates
+from autoshard.cost.stages import STAGE, waiting
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
 from autoshard.ir.program import Program
@@ -76,29 +78,41 @@ def matmul_dtype(program: Program, classes: DimClasses, work: Work) -> str:
 
 
 def estimate(
-    pricer: Pricer, cluster: Cluster, sizes: dict[str, int], flops: float
+    pricer: Pricer,
+    cluster: Cluster,
+    sizes: dict[str, int],
+    flops: float,
+    pipeline: Pipeline | None = None,
+    microbatches: int = 1,
 ) -> Estimate:
     """Prices one plan in full.
 
     Args:
-        pricer: The program as it will run, microbatches and remat included.
+        pricer: The program as it will run, remat included, and microbatches too where
+            there is one stage.
         cluster: Where it runs.
         sizes: Size per mesh axis.
         flops: Model FLOPs of one step, see `model_flops`.
+        pipeline: How stages take turns, where there are several.
+        microbatches: Of a step, where the program is traced without them.
 
     Returns:
-        The estimate.
+        The estimate. Of a pipeline times and memory are those of the slowest stage and
+        of the fullest one, and collectives those of the slowest.
     """
     row = np.array([[sizes.get(axis, 1) for axis in AXES]], dtype=np.int64)
-    ones = np.ones(1)
-    prices = pricer.price(cluster, row, ones)
-    meshes = Meshes(cluster, row)
-    _, memory = pricer.liveness.memory(meshes, ones)
-    step_s = float(prices.step_s[0])
+    meshes, cuts = Meshes(cluster, row), np.full(1, float(microbatches))
     counted_s = None
-    if Rates.counted(cluster):
-        counted = pricer.compute_s(meshes, ones, Rates.compiler(cluster))
-        counted_s = float(sum(part[0] for part in counted))
+    if pipeline:
+        (prices,) = pricer.price_stages(cluster, row, cuts, [pipeline])
+        memory = _fullest(pricer, prices, meshes, cuts)
+    else:
+        prices = pricer.price(cluster, row, cuts)
+        _, memory = pricer.liveness.memory(meshes, cuts)
+        if Rates.counted(cluster):
+            counted = pricer.compute_s(meshes, cuts, Rates.compiler(cluster))
+            counted_s = float(sum(part[0] for part in counted))
+    step_s = float(prices.step_s[0])
     dtype = matmul_dtype(pricer.program, pricer.sharded.classes, pricer.work)
     peak = cluster.peak_flops_per_s(dtype) * cluster.num_chips
     held = {kind: round(float(size[0])) for kind, size in memory.items()}
@@ -108,6 +122,8 @@ def estimate(
         matmul_s=float(prices.matmul_s[0]),
         memory_bound_s=float(prices.other_s[0]),
         collective_s=float(prices.collective_s[0]),
+        bubble_s=float(np.sum(prices.bubble_s)),
+        transfer_s=float(np.sum(prices.sent_s)),
         hidden_s=float(prices.hidden_s[0]),
         counted_compute_s=counted_s,
         model_flops=flops,
@@ -124,20 +140,40 @@ def estimate(
             total=total,
             capacity=round(cluster.hbm_bytes * MEMORY_HEADROOM),
         ),
-        collectives=tuple(_collectives(pricer, meshes)),
+        collectives=tuple(_collectives(pricer, meshes, cuts, prices)),
     )
 
 
-def _collectives(pricer: Pricer, meshes: Meshes) -> list[Collective]:
+def _fullest(
+    pricer: Pricer, prices: Prices, meshes: Meshes, cuts: Vector
+) -> dict[str, Vector]:
+    """Memory of the stage that needs the most, by kind."""
+    assert prices.cut is not None
+    tables = []
+    for stage in prices.cut.stages:
+        if stage.exists[0]:
+            later = waiting(prices.cut, stage, meshes.product(STAGE), cuts)
+            peak, table = pricer.liveness.memory(meshes, cuts, stage.share, later)
+            tables.append((float(peak[0]), table))
+    return max(tables, key=lambda pair: pair[0])[1]
+
+
+def _collectives(
+    pricer: Pricer, meshes: Meshes, cuts: Vector, prices: Prices
+) -> list[Collective]:
+    segments = pricer.work.segments
+    share = prices.slowest_share
     program, traced = pricer.program, pricer.sharded.traced
     paths = dict(zip(program.inputs, (i.path for i in traced.inputs), strict=True))
     names = _descendants(pricer, paths)
     found = []
     for index, reshard in enumerate(pricer.moves):
         op = program.ops[reshard.op] if reshard.op != OUTPUT else None
-        for step, time, size, runs in pricer.collective(index, meshes, np.ones(1)):
+        place = segments.of_op[op.index] if op else segments.of_value[reshard.value]
+        part = float(share[place, 0]) if share is not None else 1.0
+        for step, time, size, runs in pricer.collective(index, meshes, cuts):
             axes = tuple(a for a in step.axes if meshes.product(frozenset([a]))[0] > 1)
-            if not axes or step.kind == "slice":
+            if not axes or step.kind == "slice" or not part:
                 continue
             value = names.get(reshard.value)
             if value is None and op is not None:
@@ -150,8 +186,8 @@ def _collectives(pricer: Pricer, meshes: Meshes) -> list[Collective]:
                     kind=step.kind,
                     axes=axes,
                     bytes_=round(float(size[0])),
-                    count=round(float(runs[0])),
-                    time_s=float(time[0]),
+                    count=round(part * float(runs[0])),
+                    time_s=part * float(time[0]),
                     source=op.source if op else "end of the step",
                     address=op.address if op else "output",
                     value=value or "",
@@ -159,7 +195,8 @@ def _collectives(pricer: Pricer, meshes: Meshes) -> list[Collective]:
             )
     for exchange in pricer.sharded.exchanges:
         op = program.ops[exchange.op]
-        time, size, runs = pricer.exchange(exchange, meshes, np.ones(1))
+        time, size, runs = pricer.exchange(exchange, meshes, cuts)
+        part = float(share[segments.of_op[op.index], 0]) if share is not None else 1.0
         axes = tuple(a for a in exchange.axes if meshes.product(frozenset([a]))[0] > 1)
         if axes:
             found.append(
@@ -167,8 +204,8 @@ def _collectives(pricer: Pricer, meshes: Meshes) -> list[Collective]:
                     kind=exchange.kind,
                     axes=axes,
                     bytes_=round(float(size[0])),
-                    count=round(float(runs[0])),
-                    time_s=float(time[0]),
+                    count=round(part * float(runs[0])),
+                    time_s=part * float(time[0]),
                     source=op.source,
                     address=op.address,
                     value=f"{op.primitive} {exchange.slot}",

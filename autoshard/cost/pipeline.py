@@ -31,6 +31,8 @@ class Pipeline:
         vocab: "ends" where the embedding belongs to the first stage and the output
             projection to the last, "spread" where every stage has a share of both
             (vocabulary parallelism, Yeung et al. 2024, arXiv:2411.05288).
+        blocks: Blocks of every part of every stage, in the order in which data passes
+            them; empty for a balanced cut.
 
     >>> Pipeline("1f1b").virtual
     1
@@ -39,9 +41,7 @@ class Pipeline:
     schedule: str = "none"
     virtual: int = 1
     vocab: str = "ends"
-
-
-NO_PIPELINE = Pipeline()
+    blocks: tuple[int, ...] = ()
 
 
 def bubble_share(

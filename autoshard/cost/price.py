@@ -6,7 +6,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class Prices:
         bubble_s: Seconds in which the slowest stage of a pipeline waits for others.
         sent_s: Seconds in transfers between stages, as far as they show.
         cut: How they are cut into stages; None where they are not.
+        slowest_share: What the slowest stage has, by place: [place, candidate].
     """
 
     matmul_s: Vector
@@ -60,6 +61,7 @@ class Prices:
     bubble_s: Vector | float = 0.0
     sent_s: Vector | float = 0.0
     cut: Cut | None = None
+    slowest_share: Table | None = None
 
     @property
     def step_s(self) -> Vector:
@@ -95,6 +97,7 @@ class Pricer:
         cluster: Cluster,
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
+        limit_s: float = float("inf"),
     ) -> Prices:
         """Prices candidates of one stage.
 
@@ -102,6 +105,7 @@ class Pricer:
             cluster: Where they run.
             sizes: int64[candidate, axis] in the order of `AXES`.
             microbatches: float64[candidate]; pieces the batch is cut into.
+            limit_s: Seconds above which memory is not wanted; it is NaN there.
 
         Returns:
             Costs per candidate.
@@ -111,10 +115,12 @@ class Pricer:
         """
         meshes = Meshes(cluster, sizes)
         parts = self.parts(meshes, microbatches)
-        peak, _ = self.liveness.memory(meshes, microbatches)
         matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
         shown = parts.shown.sum(axis=0)
         hidden = parts.collective.sum(axis=0) - shown
+        peak = np.full(len(meshes), np.nan)
+        at = np.flatnonzero(matmul + other + shown <= limit_s)
+        peak[at], _ = self.liveness.memory(Meshes(cluster, sizes[at]), microbatches[at])
         return Prices(matmul, other, shown, peak, hidden)
 
     def price_stages(
@@ -123,7 +129,8 @@ class Pricer:
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
         pipelines: Sequence[Pipeline],
-    ) -> Iterator[Prices]:
+        limit_s: float = float("inf"),
+    ) -> list[Prices]:
         """Prices candidates of several stages, once for each pipeline.
 
         Args:
@@ -131,45 +138,74 @@ class Pricer:
             sizes: As in `price`.
             microbatches: As in `price`.
             pipelines: How stages take turns.
+            limit_s: As in `price`.
 
-        Yields:
-            Costs per candidate, as in `price`, with the cut; those of a candidate that
-            cannot be cut so mean nothing.
+        Returns:
+            Costs per candidate, as in `price`, for each pipeline, with the cut; those
+            of a candidate that cannot be cut so mean nothing.
         """
         meshes = Meshes(cluster, sizes)
         parts = self.parts(meshes, microbatches)
-        found, counts = self.work.segments, meshes.product(STAGE)
+        segments, counts = self.work.segments, meshes.product(STAGE)
+        blocks = segments.blocks
         sent = np.zeros(len(meshes))
-        for v in found.sent:
+        for v in segments.sent:
             axes = axes_of(self.sharded.specs[v])
             sent += self.local_bytes(v, axes, meshes, microbatches)
         shared = np.zeros(len(meshes))
         for v in self._gradient_leaves():
-            if found.of_value[v] == BOTH:
+            if segments.of_value[v] == BOTH:
                 axes = axes_of(self.sharded.specs[v])
                 shared += self.local_bytes(v, axes, meshes, np.ones(1))
+        found = []
         for pipeline in pipelines:
-            how = cut(pipeline, found.blocks, parts, counts, microbatches)
+            how = cut(pipeline, blocks, parts, counts, microbatches)
             time = staged(
                 how, parts, meshes, microbatches, sent, shared, self.constants
             )
-            peak = np.zeros(len(meshes))
-            for stage in how.stages:
-                later = waiting(how, stage, counts, microbatches)
-                bytes_, _ = self.liveness.memory(
-                    meshes, microbatches, stage.share, later
+            found.append(
+                Prices(
+                    matmul_s=time.matmul,
+                    other_s=time.other,
+                    collective_s=time.shown,
+                    peak_bytes=np.full(len(meshes), np.nan),
+                    hidden_s=time.hidden,
+                    bubble_s=time.bubble,
+                    sent_s=time.sent,
+                    cut=how,
+                    slowest_share=time.share,
                 )
-                peak = np.maximum(peak, np.where(stage.exists, bytes_, 0.0))
-            yield Prices(
-                time.matmul,
-                time.other,
-                time.shown,
-                peak,
-                time.hidden,
-                time.bubble,
-                time.sent,
-                how,
             )
+        self._fill_peaks(meshes, microbatches, found, limit_s)
+        return found
+
+    def _fill_peaks(
+        self, meshes: Meshes, cuts: Vector, found: Sequence[Prices], limit_s: float
+    ) -> None:
+        """Writes the peaks of all stages of all pipelines, found in one go."""
+        counts = meshes.product(STAGE)
+        places: list[tuple[Prices, np.ndarray]] = []
+        shares, later = [], []
+        for prices in found:
+            how = prices.cut
+            assert how is not None
+            wanted = how.valid & (prices.step_s <= limit_s)
+            prices.peak_bytes[wanted] = 0.0
+            for stage in how.stages:
+                at = np.flatnonzero(wanted & stage.exists)
+                places.append((prices, at))
+                shares.append(stage.share[:, at])
+                later.append(waiting(how, stage, counts, cuts)[at])
+        rows = np.concatenate([at for _, at in places])
+        stages = Meshes(meshes.cluster, meshes.sizes[rows])
+        peaks, _ = self.liveness.memory(
+            stages, cuts[rows], np.concatenate(shares, axis=1), np.concatenate(later)
+        )
+        begin = 0
+        for prices, at in places:
+            own = peaks[begin : begin + len(at)]
+            prices.peak_bytes[at] = np.maximum(prices.peak_bytes[at], own)
+            begin += len(at)
 
     def parts(self, meshes: Meshes, microbatches: Vector) -> Parts:
         """Seconds of a step by what belongs together, all blocks on every chip."""

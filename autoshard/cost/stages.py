@@ -17,9 +17,9 @@ import numpy as np
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.constants import Constants
 from autoshard.cost.pipeline import (
-    Counts,
     Pipeline,
     balanced,
+    blocks_of_stages,
     bubble_share,
     in_flight,
 )
@@ -80,23 +80,26 @@ class Cut:
 
     Attributes:
         pipeline: How the stages take turns.
-        first: Blocks of the first stage, int64[candidate].
-        last: Blocks of the last stage.
         stages: The stages that differ: the first, those between, the last.
         valid: Candidates that can be cut so.
     """
 
     pipeline: Pipeline
-    first: Counts
-    last: Counts
     stages: tuple[Stage, ...]
     valid: np.ndarray[Any, np.dtype[np.bool_]]
+
+    def blocks_of(self, k: int, blocks: int, stages: int) -> tuple[int, ...]:
+        """Blocks of every part of every stage of one candidate, in order."""
+        if self.pipeline.blocks:
+            return self.pipeline.blocks
+        first, last = (int(self.stages[at].blocks[k]) for at in (0, -1))
+        return blocks_of_stages(blocks, stages, first, last, self.pipeline.virtual)
 
 
 def cut(
     pipeline: Pipeline, blocks: int, parts: Parts, counts: Vector, cuts: Vector
 ) -> Cut:
-    """Cuts candidates into stages, each as balanced as whole blocks allow.
+    """Cuts candidates into stages: as fixed, or as balanced as whole blocks allow.
 
     Args:
         pipeline: How the stages take turns.
@@ -108,24 +111,14 @@ def cut(
     busy = parts.busy
     spread = pipeline.vocab == "spread"
     nothing = np.zeros(len(counts))
-    first = nothing if spread else busy[EMBED] + busy[BOTH]
-    last = nothing if spread else busy[HEAD] + busy[BOTH]
     stages = counts.astype(np.int64)
-    valid = stages <= blocks
-    safe = np.where(valid, stages, 2 if blocks > 1 else 1)
-    head, tail = balanced(blocks, safe, busy[BLOCK] / blocks, first, last)
-    between = safe - 2
-    inside = -(-(blocks - head - tail) // np.maximum(between, 1))
-    fewest = (blocks - head - tail) // np.maximum(between, 1)
-    fewest = np.where(between > 0, np.minimum(fewest, np.minimum(head, tail)), head)
-    fewest = np.minimum(fewest, tail)
-    valid &= fewest >= pipeline.virtual
+    valid = stages * pipeline.virtual <= blocks
     if pipeline.schedule == "interleaved":
         # Microbatches pass in groups of as many as there are stages (Narayanan et al.
         # 2021, section 2.2).
-        valid &= (pipeline.virtual > 1) & (cuts % counts == 0)
+        valid &= cuts % counts == 0
 
-    def stage(at: Vector, held: Counts, ends: tuple[int, ...], exists: Any) -> Stage:
+    def stage(at: Vector, held: Any, ends: tuple[int, ...], exists: Any) -> Stage:
         share = np.zeros((PLACES, len(counts)))
         share[BLOCK] = held / blocks
         share[ALL] = 1.0
@@ -133,10 +126,31 @@ def cut(
             share[place] = 1 / counts if spread else float(place in ends)
         return Stage(at, held.astype(float), share, np.broadcast_to(exists, at.shape))
 
+    if pipeline.blocks:
+        count = len(pipeline.blocks) // pipeline.virtual
+        held = [sum(pipeline.blocks[at::count]) for at in range(count)]
+        valid &= (stages * pipeline.virtual == len(pipeline.blocks)) & (
+            sum(pipeline.blocks) == blocks
+        )
+        ends = {0: (EMBED, BOTH), count - 1: (HEAD, BOTH)}
+        return Cut(
+            pipeline,
+            tuple(
+                stage(nothing + at, nothing + own, ends.get(at, ()), True)
+                for at, own in enumerate(held)
+            ),
+            valid,
+        )
+    first = nothing if spread else busy[EMBED] + busy[BOTH]
+    last = nothing if spread else busy[HEAD] + busy[BOTH]
+    safe = np.where(valid, stages, min(2, blocks))
+    head, tail = balanced(blocks, safe, busy[BLOCK] / blocks, first, last)
+    between, rest = safe - 2, blocks - head - tail
+    fewest = np.where(between > 0, rest // np.maximum(between, 1), head)
+    valid &= np.minimum(fewest, np.minimum(head, tail)) >= pipeline.virtual
+    inside = -(-rest // np.maximum(between, 1))
     return Cut(
         pipeline,
-        head,
-        tail,
         (
             stage(nothing, head, (EMBED, BOTH), True),
             stage(nothing + 1, inside, (), between > 0),
@@ -157,6 +171,7 @@ class StagedTime:
         hidden: In its collectives beside computation.
         bubble: Waiting for the pipeline to fill and drain.
         sent: In transfers between stages, as far as they show.
+        share: By place, what the slowest stage has: [place, candidate].
     """
 
     matmul: Vector
@@ -165,6 +180,7 @@ class StagedTime:
     hidden: Vector
     bubble: Vector
     sent: Vector
+    share: Table
 
 
 def staged(
@@ -226,6 +242,9 @@ def staged(
         hidden=of_slowest(parts.collective - parts.shown),
         bubble=bubble,
         sent=sent,
+        share=np.take_along_axis(
+            np.array([stage.share for stage in how.stages]), slowest[None, None], axis=0
+        )[0],
     )
 
 

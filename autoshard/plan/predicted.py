@@ -51,6 +51,8 @@ class Estimate(Record):
         matmul_s: Of these, in matrix products.
         memory_bound_s: In everything else a chip computes.
         collective_s: In collectives, as far as computation does not hide them.
+        bubble_s: In which the slowest stage of a pipeline waits for the others.
+        transfer_s: In transfers between stages, as far as they show.
         hidden_s: In collectives beside computation; no part of `step_s`.
         counted_compute_s: In all that is not a collective, at the rates by which the
             chip's own compiler estimates it; no part of `step_s`, None where these are
@@ -66,6 +68,8 @@ class Estimate(Record):
     matmul_s: float
     memory_bound_s: float
     collective_s: float
+    bubble_s: float = 0.0
+    transfer_s: float = 0.0
     hidden_s: float = 0.0
     counted_compute_s: float | None = None
     model_flops: float

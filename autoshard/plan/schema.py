@@ -27,7 +27,7 @@ from autoshard.plan.records import (
     Replicated,
     TrailStep,
 )
-from autoshard.plan.strategy import STATES, Strategy
+from autoshard.plan.strategy import STATES, Schedule, Strategy
 
 SCHEMA_VERSION = 1
 """Raised whenever an older plan could be misread."""
@@ -188,7 +188,7 @@ class Plan(Record):
             ),
             *(
                 f"schedule.{f}"
-                for f in ("microbatches", "remat")
+                for f in Schedule.model_fields
                 if getattr(self.strategy.schedule, f) == "auto"
             ),
         ]
@@ -213,6 +213,12 @@ class Plan(Record):
     def remat(self) -> str:
         """`"none"` or `"full"`."""
         return self.strategy.schedule.remat
+
+    @property
+    def not_executable(self) -> tuple[str, ...]:
+        """What of the plan is priced but cannot be run yet, in words."""
+        stages = self.sizes["stage"]
+        return (f"{stages} pipeline stages",) if stages > 1 else ()
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, whole or not at all; see `plan.files.save_plan`.

@@ -18,6 +18,8 @@ from autoshard.plan.base import Record
 Auto = Literal["auto"]
 Axes = tuple[str, ...]
 Remat = Literal["none", "full"]
+PipelineSchedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"]
+Vocab = Literal["ends", "spread"]
 STATES = ("params", "gradients", "optimizer")
 
 
@@ -51,13 +53,32 @@ class Schedule(Record):
 
     Attributes:
         microbatches: Pieces the batch is cut into; gradients are accumulated.
-        pipeline: Pipeline schedule; only `"none"` exists yet.
+        pipeline: Schedule of the stages, `"none"` where there is one; for the others
+            see `autoshard.cost.pipeline.Pipeline`.
+        virtual: Parts of a stage, more than one for `"interleaved"` alone.
+        vocab: Where the embedding and the output projection are: at the pipeline's
+            `"ends"`, or `"spread"` over all stages.
+        blocks: Blocks of every part of every stage, in the order in which data passes
+            them; empty for a cut that is as balanced as can be.
         remat: `"full"` recomputes each block in the backward pass.
     """
 
     microbatches: Annotated[int, Field(ge=1)] | Auto = 1
-    pipeline: Literal["none"] = "none"
+    pipeline: PipelineSchedule | Auto = "none"
+    virtual: Annotated[int, Field(ge=1)] | Auto = 1
+    vocab: Vocab | Auto = "ends"
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = ()
     remat: Remat | Auto = "none"
+
+    @model_validator(mode="after")
+    def _parts_suit_the_schedule(self) -> Schedule:
+        fits = self.pipeline in ("auto", "interleaved") or self.virtual in ("auto", 1)
+        if not fits or (self.pipeline == "interleaved" and self.virtual == 1):
+            raise ValueError(
+                f"pipeline = {self.pipeline!r} has virtual = {self.virtual}: "
+                "'interleaved' has two parts a stage or more, every other schedule one"
+            )
+        return self
 
 
 class Strategy(Record):

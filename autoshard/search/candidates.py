@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,6 +15,9 @@ import numpy as np
 
 from autoshard.cost import Pricer
 from autoshard.cost.collectives import Meshes
+from autoshard.cost.constants import Constants
+from autoshard.cost.pipeline import bubble_share
+from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
 from autoshard.ir.trace import abstract
@@ -26,6 +28,7 @@ from autoshard.plan.strategy import STATES, Strategy
 from autoshard.propagate import propagate
 from autoshard.search import space
 from autoshard.search.divisible import batch_divides, divisible
+from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.reading import Sketch, fixed_sizes
 
 Log = Callable[[str], None]
@@ -53,91 +56,6 @@ class Watch:
     pruned: int = 0
     indivisible: int = 0
     too_large: int = 0
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """All candidates of one structure, priced.
-
-    Attributes:
-        strategy: The structure.
-        pricer: It propagated.
-        sizes: Mesh sizes, int64[candidate, axis].
-        cuts: Microbatches, int64[candidate].
-        step_s: Seconds a step, float64[candidate].
-        peak_bytes: Per chip, float64[candidate].
-    """
-
-    strategy: Strategy
-    pricer: Pricer
-    sizes: np.ndarray
-    cuts: np.ndarray
-    step_s: np.ndarray
-    peak_bytes: np.ndarray
-
-    @cached_property
-    def remat(self) -> str:
-        """What the backward pass recomputes."""
-        return self.strategy.schedule.remat
-
-    def mesh(self, k: int) -> dict[str, int]:
-        """Size of every axis in a candidate."""
-        return dict(zip(AXES, self.sizes[k].tolist(), strict=True))
-
-    def filled(self, k: int) -> Strategy:
-        """The strategy of a candidate, which has no holes."""
-        sizes = self.mesh(k)
-        return self.strategy.model_copy(
-            update={
-                "mesh": {axis: sizes[axis] for axis in self.strategy.mesh},
-                "schedule": self.strategy.schedule.model_copy(
-                    update={"microbatches": int(self.cuts[k])}
-                ),
-            }
-        )
-
-    def meets(self, key: str, value: Any) -> np.ndarray:
-        """Which candidates have a field as it is fixed, bool[candidate].
-
-        Args:
-            key: As in `pinning.fixed_fields`.
-            value: Of the field. Axes of one device make no difference.
-        """
-        section, _, name = key.partition(".")
-        if key in AXES:
-            return self.sizes[:, AXES.index(key)] == value
-        if key == "microbatches":
-            return self.cuts == value
-        if key == "remat":
-            return np.full(len(self.sizes), self.remat == value)
-        if section == "storage":
-            axes = getattr(self.strategy.storage, name)
-        else:
-            [axes] = [r.axes for r in self.strategy.rules if r.logical == name]
-        apart = frozenset() if axes == value else set(axes) ^ set(value) or set(axes)
-        columns = [AXES.index(a) for a in sorted(apart)]
-        return (self.sizes[:, columns] == 1).all(axis=1)
-
-    def identity(self, k: int) -> Any:
-        """What makes a candidate a truly different plan.
-
-        Axes of one device do nothing, and another number of microbatches alone is not
-        another plan.
-        """
-        sizes = self.mesh(k)
-
-        def active(axes: Any) -> tuple[str, ...]:
-            return tuple(a for a in axes if sizes[a] > 1)
-
-        storage = self.strategy.storage
-        return (
-            tuple(self.sizes[k].tolist()),
-            self.remat,
-            tuple((r.logical, active(r.axes)) for r in self.strategy.rules),
-            active(storage.params),
-            active(storage.gradients),
-            active(storage.optimizer),
-        )
 
 
 @dataclass
@@ -212,6 +130,7 @@ class Space:
         rows = space.meshes(strategy, cluster)
         sketch = self.sketch("none")
         assert sketch is not None
+        rows = _staged_as_can_be(rows, strategy, sketch.work.segments)
         for axis, size in fixed_sizes(sketch).items():
             column = rows[:, AXES.index(axis)]
             if not (column == size).any():
@@ -256,10 +175,33 @@ class Space:
             watch: What need not be priced, and where it is counted.
             bounded: Whether there is anything that need not be priced.
         """
+        watch = watch or Watch()
+        for grid, cuts in self.rounds(strategy, cluster):
+            yield from self._round(strategy, cluster, keep, watch, bounded, grid, cuts)
+
+    def rounds(
+        self, strategy: Strategy, cluster: Cluster
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`candidates` in the order to price them: those of one stage come first.
+
+        They are fewer and cheaper to price; what they find bounds the others.
+        """
+        grid, cuts = self.candidates(strategy, cluster)
+        several = grid[:, STAGE] > 1
+        return [(grid[at], cuts[at]) for at in (~several, several) if at.any()]
+
+    def _round(
+        self,
+        strategy: Strategy,
+        cluster: Cluster,
+        keep: Strategy | None,
+        watch: Watch,
+        bounded: bool,
+        grid: np.ndarray,
+        cuts: np.ndarray,
+    ) -> Iterator[Candidates]:
         required = strategy.schedule.remat != "auto"
         batch = self.batch()
-        grid, cuts = self.candidates(strategy, cluster)
-        watch = watch or Watch()
         earlier: list[Strategy] = []
         family: Any = None
         floor_s = np.zeros(len(grid))
@@ -285,18 +227,18 @@ class Space:
             sizes, pieces = grid[here][fits], cuts[here][fits]
             if bounded:
                 held = pricer.liveness.held_bytes(Meshes(cluster, sizes))
-                small = held <= watch.bytes_
+                # The stage with the most has no less than the average one.
+                small = held / sizes[:, STAGE] <= watch.bytes_
                 watch.too_large += int((~small).sum())
                 sizes, pieces = sizes[small], pieces[small]
-            prices = pricer.price(cluster, sizes, pieces.astype(np.float64))
-            yield Candidates(
-                strategy=structure,
-                pricer=pricer,
-                sizes=sizes,
-                cuts=pieces,
-                step_s=prices.step_s,
-                peak_bytes=prices.peak_bytes,
+            hows = space.pipelines(structure)
+            limit_s = watch.step_s if bounded else float("inf")
+            found, left = price(
+                pricer, structure, cluster, sizes, pieces, hows, limit_s
             )
+            watch.indivisible += left.uncut
+            watch.pruned += left.slower
+            yield found
 
     def _floor_s(
         self,
@@ -315,7 +257,24 @@ class Space:
         floor_s = np.full(len(grid), np.nan)
         fits = batch_divides(pricer, grid, cuts, batch)
         floor_s[fits] = pricer.floor_s(cluster, grid[fits], cuts[fits].astype(float))
-        return floor_s
+        return floor_s * self._share_of_stage(structure, grid, cuts)
+
+    def _share_of_stage(
+        self, structure: Strategy, grid: np.ndarray, cuts: np.ndarray
+    ) -> np.ndarray:
+        """Part of a step of one stage that a step of several takes at least.
+
+        The slowest stage takes no less than the average one, and waits for the others
+        as the best of the schedules lets it.
+        """
+        stages, constants = grid[:, STAGE].astype(float), Constants.shipped()
+        waits = [
+            bubble_share(how.schedule, stages, cuts, constants["pipeline.zero_bubble"])
+            / how.virtual
+            for how in space.pipelines(structure)
+        ]
+        least = np.minimum.reduce(waits) if waits else np.zeros(len(grid))
+        return (1 + least * (stages - 1) / cuts) / stages
 
     def _pricer(self, structure: Strategy, sketch: Sketch) -> Pricer:
         layout = Layout.of(structure)
@@ -325,6 +284,32 @@ class Space:
             sharded = propagate(sketch.traced, sketch.classes, layout)
             self._pricers[key] = Pricer(sharded, sketch.work)
         return self._pricers[key]
+
+
+def _staged_as_can_be(
+    rows: np.ndarray, strategy: Strategy, segments: Segments
+) -> np.ndarray:
+    """Meshes with no more stages than there are blocks, and schedules for them.
+
+    Raises:
+        InfeasibleError: The strategy fixes more stages than that.
+    """
+    stages = rows[:, STAGE]
+    if strategy.mesh.get("stage", 1) == 1:
+        return rows
+    most = segments.blocks if space.pipelines(strategy) else 1
+    if not (stages <= most).any():
+        why = f": {segments.why}" if segments.why else ""
+        raise InfeasibleError(
+            f"stage = {strategy.mesh['stage']}{strategy.where('stage')} asks for more "
+            f"stages than the program has blocks to cut between, {most}{why}. Take as "
+            "many stages as there are blocks or fewer, or leave stage = 'auto'."
+        )
+    rows = rows[stages <= most]
+    wished = strategy.schedule.pipeline not in ("auto", "none")
+    several = rows[:, STAGE] > 1
+    # A schedule that is fixed is not followed where there is one stage.
+    return rows[several] if wished and several.any() else rows
 
 
 def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:

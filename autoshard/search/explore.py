@@ -13,7 +13,8 @@ from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Strategy
 from autoshard.search import space
-from autoshard.search.candidates import Candidates, Space, Watch
+from autoshard.search.candidates import Space, Watch
+from autoshard.search.priced import Candidates
 
 _PROGRESS_EVERY_S = 1.0
 
@@ -56,11 +57,17 @@ class Explored:
     @cached_property
     def ranked(self) -> list[Entry]:
         """Those that fit, the fastest first."""
-        return sorted(
-            (float(group.step_s[k]), float(group.peak_bytes[k]), number, int(k))
-            for number, group in enumerate(self.groups)
-            for k in np.flatnonzero(group.peak_bytes <= self.capacity)
-        )
+        fitting = [np.flatnonzero(g.peak_bytes <= self.capacity) for g in self.groups]
+        if not fitting:
+            return []
+        pairs = list(zip(self.groups, fitting, strict=True))
+        times = np.concatenate([group.step_s[at] for group, at in pairs])
+        peaks = np.concatenate([group.peak_bytes[at] for group, at in pairs])
+        numbers = np.repeat(np.arange(len(pairs)), [len(at) for at in fitting])
+        indices = np.concatenate(fitting)
+        order = np.lexsort((indices, numbers, peaks, times))
+        columns = (times, peaks, numbers, indices)
+        return list(zip(*(c[order].tolist() for c in columns), strict=True))
 
     @property
     def lower_bound_s(self) -> float:
@@ -103,7 +110,8 @@ def explore(
         time_limit_s: Seconds after which no further structure is begun.
     """
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM
-    whole = sum(1 for _ in space.structures(strategy))
+    rounds = len(everything.rounds(strategy, cluster))
+    whole = sum(1 for _ in space.structures(strategy)) * rounds
     start_s = said_s = time.monotonic()
     plain = everything.sketch("none")
     assert plain is not None

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from autoshard.cost import Pricer, estimate, model_flops
+from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.work import analyse
 from autoshard.ir.mesh import AXES, Spec
 from autoshard.ir.train_step import TrainStep
@@ -53,17 +54,25 @@ def finish(
     Returns:
         The plan.
     """
-    assert strategy.schedule.microbatches != "auto"
+    schedule, sizes = strategy.schedule, _sizes(strategy)
+    assert schedule.microbatches != "auto"
+    pipeline = _pipeline(strategy) if sizes.get("stage", 1) > 1 else None
     if isinstance(fn, TrainStep):
-        fn = fn.with_schedule(
-            microbatches=strategy.schedule.microbatches, remat=strategy.schedule.remat
-        )
+        # Stages have microbatches of their own: the program is that of one.
+        traced_cuts = 1 if pipeline else schedule.microbatches
+        fn = fn.with_schedule(microbatches=traced_cuts, remat=schedule.remat)
     traced = read(fn, args, strategy)
     classes = classes_of(traced, strategy, plain)
-    sizes = {a: n for a, n in strategy.mesh.items() if n != "auto"}
     sharded = propagate(traced, classes, Layout.of(strategy, sizes))
     pricer = Pricer(sharded, analyse(traced, classes))
-    predicted = estimate(pricer, cluster, sizes, model_flops(plain.work, plain.classes))
+    predicted = estimate(
+        pricer,
+        cluster,
+        sizes,
+        model_flops(plain.work, plain.classes),
+        pipeline,
+        schedule.microbatches if pipeline else 1,
+    )
     bound = min(certificate.lower_bound_s, predicted.step_s)
     certificate = certificate.model_copy(
         update={
@@ -100,6 +109,18 @@ def finish(
         predicted=predicted,
         certificate=certificate,
         **records(sharded),
+    )
+
+
+def _sizes(strategy: Strategy) -> dict[str, int]:
+    return {a: n for a, n in strategy.mesh.items() if n != "auto"}
+
+
+def _pipeline(strategy: Strategy) -> Pipeline:
+    schedule = strategy.schedule
+    assert schedule.virtual != "auto"
+    return Pipeline(
+        schedule.pipeline, schedule.virtual, schedule.vocab, schedule.blocks
     )
 
 

@@ -87,7 +87,9 @@ def _with_pin(strategy: Strategy, key: str, value: Any) -> Strategy:
         document["mesh"] = {**strategy.mesh, axis: _count(value, key)}
     elif key in _SCHEDULE or (section == "schedule" and name in _SCHEDULE):
         field = name or key
-        chosen = _count(value, key) if field == "microbatches" else value
+        chosen = _count(value, key) if field in ("microbatches", "virtual") else value
+        if field == "blocks" and isinstance(value, str):
+            chosen = tuple(_count(part, key) for part in value.split(","))
         document["schedule"] = {**document["schedule"], field: chosen}
     elif section == "storage" and name in STATES:
         document["storage"] = {**document["storage"], name: _axes(value)}
@@ -161,7 +163,8 @@ def fixed_fields(strategy: Strategy) -> dict[str, Any]:
     found: dict[str, Any] = {
         axis: size for axis, size in strategy.mesh.items() if size != "auto"
     }
-    for field in ("microbatches", "remat"):
+    of_stages = ("pipeline", "virtual", "vocab") if "stage" in strategy.mesh else ()
+    for field in ("microbatches", "remat", *of_stages):
         value = getattr(strategy.schedule, field)
         if value != "auto":
             found[field] = value

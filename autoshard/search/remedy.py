@@ -13,10 +13,11 @@ from autoshard.ir.errors import AutoshardError
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.files import load_strategy
 from autoshard.plan.strategy import Strategy
-from autoshard.search.candidates import Candidates, Space
+from autoshard.search.candidates import Space
 from autoshard.search.divisible import what_fails
 from autoshard.search.explore import Explored
 from autoshard.search.pinning import fixed_fields, opened
+from autoshard.search.priced import Candidates
 
 _MAX_GROWTH = 4096
 

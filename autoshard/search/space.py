@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from autoshard.cost.pipeline import Pipeline
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
@@ -215,3 +216,61 @@ def microbatches(strategy: Strategy, batch: int, cuttable: bool) -> list[int]:
             f"{strategy.name!r}); choose a batch divisible by {fixed}."
         )
     return [fixed]
+
+
+_PIPELINES = ("1f1b", "interleaved", "zb-h1", "zb-h2")
+"""Those to choose from. GPipe is never faster than 1F1B, and holds more."""
+
+_VIRTUAL = (2, 4)
+
+
+def pipelines(strategy: Strategy) -> tuple[Pipeline, ...]:
+    """How stages may take turns; none where the strategy has one stage.
+
+    Raises:
+        InputError: The strategy fixes stages and no schedule for them, or parts of
+            stages that add up to none of its sizes.
+    """
+    schedule, stages = strategy.schedule, strategy.mesh.get("stage", 1)
+    if stages == 1:
+        return ()
+    if schedule.pipeline == "none":
+        if stages == "auto":
+            return ()
+        raise InputError(
+            f"stage = {stages}{strategy.where('stage')} is fixed, but pipeline = "
+            f"'none'{strategy.where('pipeline')}: no schedule says how stages take "
+            "turns. Set pipeline = 'auto', '1f1b' or another one, or stage = 1."
+        )
+    names = _PIPELINES if schedule.pipeline == "auto" else (schedule.pipeline,)
+    parts = (1, *_VIRTUAL) if schedule.virtual == "auto" else (schedule.virtual,)
+    vocabs = ("ends", "spread") if schedule.vocab == "auto" else (schedule.vocab,)
+    return tuple(
+        Pipeline(name, virtual, vocab, schedule.blocks)
+        for name, virtual, vocab in itertools.product(names, parts, vocabs)
+        if (virtual > 1) == (name == "interleaved")
+    )
+
+
+def executable(strategy: Strategy) -> Strategy:
+    """A strategy without what is priced but cannot be run yet.
+
+    Raises:
+        InputError: It fixes something of that.
+    """
+    stages = strategy.mesh.get("stage", 1)
+    if stages == 1:
+        return strategy
+    if stages != "auto":
+        raise InputError(
+            f"stage = {stages}{strategy.where('stage')} is fixed, and plans with "
+            "pipeline stages cannot be run yet; leave it 'auto', or search without "
+            "--executable (executable=True) to have such a plan priced."
+        )
+    schedule = {"pipeline": "none", "virtual": 1, "vocab": "ends", "blocks": ()}
+    return strategy.model_copy(
+        update={
+            "mesh": {**strategy.mesh, "stage": 1},
+            "schedule": strategy.schedule.model_copy(update=schedule),
+        }
+    ).placed(strategy.places)

@@ -1,0 +1,211 @@
+"""Candidates of one structure, priced together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from autoshard.cost import Pricer, Prices
+from autoshard.cost.pipeline import Pipeline
+from autoshard.cost.stages import Cut
+from autoshard.ir.mesh import AXES
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.strategy import Strategy
+
+STAGE = AXES.index("stage")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All candidates of one structure, priced.
+
+    Attributes:
+        strategy: The structure.
+        pricer: It propagated.
+        sizes: Mesh sizes, int64[candidate, axis].
+        cuts: Microbatches, int64[candidate].
+        step_s: Seconds a step, float64[candidate].
+        peak_bytes: Per chip, float64[candidate].
+        staged: Cuts into stages, each of so many candidates, which come last: those
+            before them have one stage. `(cut, candidates of it)`.
+    """
+
+    strategy: Strategy
+    pricer: Pricer
+    sizes: np.ndarray
+    cuts: np.ndarray
+    step_s: np.ndarray
+    peak_bytes: np.ndarray
+    staged: tuple[tuple[Cut, np.ndarray], ...] = ()
+
+    def staging(self, k: int) -> tuple[Pipeline, tuple[int, ...]] | None:
+        """How a candidate is cut: its pipeline and blocks; None with one stage."""
+        at = k - (len(self.sizes) - sum(len(rows) for _, rows in self.staged))
+        if at < 0:
+            return None
+        for cut, rows in self.staged:
+            if at < len(rows):
+                blocks = self.pricer.work.segments.blocks
+                stages = self.mesh(k)["stage"]
+                return cut.pipeline, cut.blocks_of(int(rows[at]), blocks, stages)
+            at -= len(rows)
+        raise AssertionError(k)
+
+    @cached_property
+    def pipelines(self) -> list[Pipeline | None]:
+        """How stages take turns, per candidate; None with one stage."""
+        staged = [cut.pipeline for cut, rows in self.staged for _ in rows]
+        return [*[None] * (len(self.sizes) - len(staged)), *staged]
+
+    @cached_property
+    def remat(self) -> str:
+        """What the backward pass recomputes."""
+        return self.strategy.schedule.remat
+
+    def mesh(self, k: int) -> dict[str, int]:
+        """Size of every axis in a candidate."""
+        return dict(zip(AXES, self.sizes[k].tolist(), strict=True))
+
+    def filled(self, k: int) -> Strategy:
+        """The strategy of a candidate, which has no holes."""
+        sizes, staging = self.mesh(k), self.staging(k)
+        schedule: dict[str, Any] = {"microbatches": int(self.cuts[k])}
+        how, blocks = staging or (Pipeline(), ())
+        schedule |= {"pipeline": how.schedule, "virtual": how.virtual}
+        schedule |= {"vocab": how.vocab, "blocks": blocks}
+        return self.strategy.model_copy(
+            update={
+                "mesh": {axis: sizes[axis] for axis in self.strategy.mesh},
+                "schedule": self.strategy.schedule.model_copy(update=schedule),
+            }
+        )
+
+    def meets(self, key: str, value: Any) -> np.ndarray:
+        """Which candidates have a field as it is fixed, bool[candidate].
+
+        Args:
+            key: As in `pinning.fixed_fields`.
+            value: Of the field. Axes of one device make no difference.
+        """
+        section, _, name = key.partition(".")
+        if key in AXES:
+            return self.sizes[:, AXES.index(key)] == value
+        if key == "microbatches":
+            return self.cuts == value
+        if key == "remat":
+            return np.full(len(self.sizes), self.remat == value)
+        if key in ("pipeline", "virtual", "vocab"):
+            field = "schedule" if key == "pipeline" else key
+            return np.array(
+                [
+                    value == getattr(how or Pipeline(), field)
+                    # With one stage, parts and the vocabulary make no difference.
+                    or (how is None and key != "pipeline")
+                    for how in self.pipelines
+                ],
+                dtype=bool,
+            )
+        if section == "storage":
+            axes = getattr(self.strategy.storage, name)
+        else:
+            [axes] = [r.axes for r in self.strategy.rules if r.logical == name]
+        apart = frozenset() if axes == value else set(axes) ^ set(value) or set(axes)
+        columns = [AXES.index(a) for a in sorted(apart)]
+        return (self.sizes[:, columns] == 1).all(axis=1)
+
+    def identity(self, k: int) -> Any:
+        """What makes a candidate a truly different plan.
+
+        Axes of one device do nothing, and another number of microbatches alone is not
+        another plan.
+        """
+        sizes = self.mesh(k)
+
+        def active(axes: Any) -> tuple[str, ...]:
+            return tuple(a for a in axes if sizes[a] > 1)
+
+        storage = self.strategy.storage
+        return (
+            tuple(self.sizes[k].tolist()),
+            self.remat,
+            tuple((r.logical, active(r.axes)) for r in self.strategy.rules),
+            active(storage.params),
+            active(storage.gradients),
+            active(storage.optimizer),
+        )
+
+
+@dataclass
+class Left:
+    """Candidates that were left out while pricing.
+
+    Attributes:
+        uncut: They cannot be cut into their stages.
+        slower: They are slower than a limit.
+    """
+
+    uncut: int = 0
+    slower: int = 0
+
+
+def price(
+    pricer: Pricer,
+    structure: Strategy,
+    cluster: Cluster,
+    sizes: np.ndarray,
+    cuts: np.ndarray,
+    pipelines: Sequence[Pipeline],
+    limit_s: float,
+) -> tuple[Candidates, Left]:
+    """Prices candidates: those of one stage, then those of several.
+
+    Args:
+        pricer: Of the structure.
+        structure: A strategy in which only sizes and microbatches are holes.
+        cluster: Where.
+        sizes: Mesh sizes, int64[candidate, axis].
+        cuts: Microbatches, int64[candidate].
+        pipelines: How the stages of those that have several may take turns.
+        limit_s: Slower ones are not wanted.
+
+    Returns:
+        The candidates, and how many others were left out.
+    """
+    several, left = sizes[:, STAGE] > 1, Left()
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def take(rows: np.ndarray, counts: np.ndarray, prices: Prices) -> np.ndarray:
+        valid = prices.cut.valid if prices.cut else np.ones(len(rows), dtype=bool)
+        at = np.flatnonzero(valid & (prices.step_s <= limit_s))
+        left.uncut += int((~valid).sum())
+        left.slower += int(valid.sum()) - len(at)
+        found.append((rows[at], counts[at], prices.step_s[at], prices.peak_bytes[at]))
+        return at
+
+    rows, counts = sizes[~several], cuts[~several]
+    if len(rows) or not several.any():
+        take(rows, counts, pricer.price(cluster, rows, counts.astype(float), limit_s))
+    rows, counts, staged = sizes[several], cuts[several], []
+    if len(rows):
+        of_stages = pricer.price_stages(
+            cluster, rows, counts.astype(float), pipelines, limit_s
+        )
+        for prices in of_stages:
+            assert prices.cut is not None
+            staged.append((prices.cut, take(rows, counts, prices)))
+    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+    kept, pieces, times, peaks = columns
+    candidates = Candidates(
+        strategy=structure,
+        pricer=pricer,
+        sizes=kept,
+        cuts=pieces,
+        step_s=times,
+        peak_bytes=peaks,
+        staged=tuple(staged),
+    )
+    return candidates, left
