@@ -14,9 +14,9 @@ validate     published runs                 ->  errors
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 from autoshard import models
 from autoshard.api.building import (
@@ -27,9 +27,9 @@ from autoshard.api.building import (
     resolve,
     token_batch,
 )
+from autoshard.api.inputs import Asked, passing_on
 from autoshard.api.solving import size, solver, why_not
 from autoshard.api.verifying import Repair, rank_verified, repair_plan, verify_plan
-from autoshard.ir.annotations.paths import SpecMap
 from autoshard.ir.errors import InputError, OutputError
 from autoshard.ir.trace import trace
 from autoshard.ir.train_step import TrainStep, train_step
@@ -56,77 +56,31 @@ from autoshard.validation import Validation, validate
 
 @overload
 def search(
-    fn: Callable[..., Any],
-    *abstract_args: Any,
-    cluster: str | Cluster,
-    strategy: str | Strategy = ...,
-    pins: Mapping[str, Any] | None = ...,
-    top: None = ...,
-    specs: SpecMap | None = ...,
-    aliases: Mapping[str, str] | None = ...,
-    replicate: Iterable[str] = ...,
-    model_ref: ModelRef | None = ...,
-    time_limit_s: float | None = ...,
-    log: Callable[[str], None] | None = ...,
+    fn: Callable[..., Any], *abstract_args: Any, top: None = ..., **asked: Unpack[Asked]
 ) -> Plan: ...
 
 
 @overload
 def search(
-    fn: Callable[..., Any],
-    *abstract_args: Any,
-    cluster: str | Cluster,
-    strategy: str | Strategy = ...,
-    pins: Mapping[str, Any] | None = ...,
-    top: int,
-    specs: SpecMap | None = ...,
-    aliases: Mapping[str, str] | None = ...,
-    replicate: Iterable[str] = ...,
-    model_ref: ModelRef | None = ...,
-    time_limit_s: float | None = ...,
-    log: Callable[[str], None] | None = ...,
+    fn: Callable[..., Any], *abstract_args: Any, top: int, **asked: Unpack[Asked]
 ) -> list[Plan]: ...
 
 
+@passing_on(Asked, solver)
 def search(
     fn: Callable[..., Any],
     *abstract_args: Any,
-    cluster: str | Cluster,
-    strategy: str | Strategy = "auto",
-    pins: Mapping[str, Any] | None = None,
     top: int | None = None,
-    specs: SpecMap | None = None,
-    aliases: Mapping[str, str] | None = None,
-    replicate: Iterable[str] = (),
-    model_ref: ModelRef | None = None,
-    time_limit_s: float | None = None,
-    log: Callable[[str], None] | None = None,
+    **asked: Unpack[Asked],
 ) -> Plan | list[Plan]:
     """Searches the best plan for a step on a cluster.
 
     Args:
-        fn: A `TrainStep`, or any function whose last argument is the batch and whose
-            others are state.
-        *abstract_args: Its arguments, arrays or `jax.ShapeDtypeStruct`s. A `TrainStep`
-            needs the batch alone.
-        cluster: A `Cluster`, or its name such as `"h100:64"`.
-        strategy: A `Strategy`, the name of a shipped one, or a TOML file.
-        pins: Fields fixed by hand beyond the strategy's: `{"tensor": 8}`; see `solver`.
+        fn: As in `solver`.
+        *abstract_args: As in `solver`.
         top: Return this many truly different plans, the fastest first: of another mesh,
             storage, rules or remat.
-        specs: Regular expression over the paths of arguments to what fixes them: a
-            `PartitionSpec`, or one entry per dim (an axis, several, `""` for whole,
-            `"*"` for open). The first that matches a path holds, before those of the
-            strategy.
-        aliases: Canonical axis per name that the program gives a mesh axis, where it is
-            none of the well-known ones (`dp`, `tp`, `model`, ...).
-        replicate: Primitives, or kernels, without a factor rule that every device may
-            compute whole; each use is listed in the plan.
-        model_ref: Recorded in the plan, so that the command line can run it.
-        time_limit_s: Seconds after which no more candidates are begun with. What was
-            found until then, or until Ctrl-C, is returned; its certificate says how far
-            from the best it may be.
-        log: Called with progress in words.
+        **asked: As in `solver`: the `cluster`, and what else is wished for.
 
     Returns:
         The plan predicted to be the fastest of those that fit, or a list of plans.
@@ -150,19 +104,7 @@ def search(
     """
     if top is not None and top < 1:
         raise InputError(f"top must be 1 or more; got {top}.")
-    program = solver(
-        fn,
-        *abstract_args,
-        cluster=cluster,
-        strategy=strategy,
-        pins=pins,
-        specs=specs,
-        aliases=aliases,
-        replicate=replicate,
-        model_ref=model_ref,
-        time_limit_s=time_limit_s,
-        log=log,
-    )
+    program = solver(fn, *abstract_args, **asked)
     plans = program.plans(top or 1)
     return plans if top is not None else plans[0]
 

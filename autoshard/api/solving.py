@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
+from autoshard.api.inputs import Wishes, passing_on
 from autoshard.ir.annotations.paths import SpecMap
 from autoshard.ir.errors import InputError
 from autoshard.plan.cluster import Cluster, cluster
@@ -32,18 +33,27 @@ def solver(
     """A program on a cluster, traced once and solved as often as one likes.
 
     Args:
-        fn: As in `search`.
-        *abstract_args: As in `search`.
-        cluster: As in `search`.
-        strategy: As in `search`.
-        pins: Fields fixed by hand, such as `{"tensor": 8, "remat": "full",
-            "storage.optimizer": "data+fsdp", "rules.vocab": "none"}`.
-        specs: As in `search`.
-        aliases: As in `search`.
-        replicate: As in `search`.
-        model_ref: As in `search`.
-        time_limit_s: As in `search`.
-        log: As in `search`.
+        fn: A `TrainStep`, or any function whose last argument is the batch and whose
+            others are state.
+        *abstract_args: Its arguments, arrays or `jax.ShapeDtypeStruct`s. A `TrainStep`
+            needs the batch alone.
+        cluster: A `Cluster`, or its name such as `"h100:64"`.
+        strategy: A `Strategy`, the name of a shipped one, or a TOML file.
+        pins: Fields fixed by hand beyond the strategy's, such as `{"tensor": 8,
+            "remat": "full", "storage.optimizer": "data+fsdp", "rules.vocab": "none"}`.
+        specs: Regular expression over the paths of arguments to what fixes them: a
+            `PartitionSpec`, or one entry per dim (an axis, several, `""` for whole,
+            `"*"` for open). The first that matches a path holds, before those of the
+            strategy.
+        aliases: Canonical axis per name that the program gives a mesh axis, where it is
+            none of the well-known ones (`dp`, `tp`, `model`, ...).
+        replicate: Primitives, or kernels, without a factor rule that every device may
+            compute whole; each use is listed in the plan.
+        model_ref: Recorded in the plan, so that the command line can run it.
+        time_limit_s: Seconds after which no more candidates are begun with. What was
+            found until then, or until Ctrl-C, is returned; its certificate says how far
+            from the best it may be.
+        log: Called with progress in words.
 
     Returns:
         A `Solver`: `plans(top)` are the best ones, `front(most)` those that nothing
@@ -88,27 +98,26 @@ def solver(
 _cluster = cluster
 
 
+@passing_on(Wishes, solver)
 def size(
     fn: Callable[..., Any],
     *abstract_args: Any,
     cluster: str,
     target_tokens_per_s: float | None = None,
     budget_gib: float | None = None,
-    strategy: str | Strategy = "auto",
-    model_ref: ModelRef | None = None,
     log: Callable[[str], None] | None = None,
+    **wishes: Unpack[Wishes],
 ) -> Sizing:
     """Finds how few chips are fast enough, or have memory enough.
 
     Args:
-        fn: As in `search`.
-        *abstract_args: As in `search`.
+        fn: As in `solver`.
+        *abstract_args: As in `solver`.
         cluster: A type of chips, `"h100"` or `"own.toml"`, without their number.
         target_tokens_per_s: Tokens (batch positions) a second that are wanted.
         budget_gib: GiB of each chip's memory that may be used; all of it when None.
-        strategy: As in `search`.
-        model_ref: As in `search`.
-        log: As in `search`.
+        log: Called with what came of each cluster.
+        **wishes: As in `solver`: `strategy`, `pins` and so on.
 
     Returns:
         The best plan on the smallest cluster that does, and what was tried.
@@ -131,9 +140,7 @@ def size(
     """
 
     def on(chips: Cluster) -> Solver:
-        return solver(
-            fn, *abstract_args, cluster=chips, strategy=strategy, model_ref=model_ref
-        )
+        return solver(fn, *abstract_args, cluster=chips, **wishes)
 
     if ":" in cluster:
         raise InputError(
@@ -166,10 +173,10 @@ def why_not(
     Args:
         fn: What the plan is for.
         plan: The plan in question; its cluster is used.
-        *abstract_args: As in `search`.
+        *abstract_args: As in `solver`.
         pins: The change, as in `solver`.
         strategy: In which the rest is chosen.
-        log: As in `search`.
+        log: As in `solver`.
 
     Raises:
         InfeasibleError: Nothing fits with the change; the message says why.

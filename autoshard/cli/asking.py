@@ -11,22 +11,10 @@ from autoshard.cli.output import Json, say, show, show_json
 
 
 def size(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="As in 'autoshard search'."),
-    ],
-    cluster: Annotated[
-        str,
-        typer.Option(
-            "--cluster", metavar="TYPE", help="A type of chips alone: h100, own.toml."
-        ),
-    ],
-    batch: Annotated[
-        int, typer.Option("--batch", metavar="N", help="Sequences per step, all chips.")
-    ],
-    seq: Annotated[
-        int, typer.Option("--seq", metavar="N", help="Tokens per sequence.")
-    ],
+    model: options.ModelAsInSearch,
+    cluster: options.ClusterType,
+    batch: options.Batch,
+    seq: options.Seq,
     target_tokens_per_s: Annotated[
         float | None,
         typer.Option("--target-tokens-per-s", metavar="X", help="Speed to reach."),
@@ -39,19 +27,10 @@ def size(
             help="GiB of each chip's memory to stay within.",
         ),
     ] = None,
-    strategy: Annotated[
-        str, typer.Option("--strategy", metavar="S", help=options.StrategyHelp)
-    ] = "auto",
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", metavar="NAME", help=options.OptimizerHelp)
-    ] = options.DEFAULT_OPTIMIZER,
-    dtype: Annotated[
-        options.Dtype, typer.Option("--dtype", help="Type of the activations.")
-    ] = options.DEFAULT_DTYPE,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Write the plan."),
-    ] = None,
+    strategy: options.Strategy = "auto",
+    optimizer: options.Optimizer = options.DEFAULT_OPTIMIZER,
+    dtype: options.DtypeOfActivations = options.DEFAULT_DTYPE,
+    output: Annotated[str | None, options.output("Write the plan.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find how few chips reach a speed, or have memory enough."""
@@ -63,13 +42,7 @@ def size(
         api.check_writable(output)
     plan_on_cpu()
     ref = options.model_ref(
-        model,
-        batch=batch,
-        seq=seq,
-        optimizer=optimizer,
-        learning_rate=None,
-        dtype=dtype,
-        unrolled=False,
+        model, batch=batch, seq=seq, optimizer=optimizer, dtype=dtype
     )
     resolved = api.resolve(ref)
     found = api.size(
@@ -102,13 +75,8 @@ def size(
 
 def why_not(
     plan: options.PlanFile,
-    pins: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help=options.SetHelp)
-    ],
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Write the other plan."),
-    ] = None,
+    pins: options.SomePins,
+    output: Annotated[str | None, options.output("Write the other plan.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a change to a plan would cost, term by term.

@@ -6,15 +6,13 @@ from typing import Annotated
 
 import typer
 
+from autoshard.cli import options
 from autoshard.cli.output import Json, say, show_json
 
 
 def calibrate(
     output: Annotated[
-        str | None,
-        typer.Option(
-            "-o", "--output", metavar="FILE", help="Write a cluster file (.toml)."
-        ),
+        str | None, options.output("Write a cluster file (.toml).")
     ] = None,
     name: Annotated[
         str | None,

@@ -14,38 +14,15 @@ _FRONT = 12
 
 
 def search(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A model of 'autoshard models', a Hugging Face config.json, or "
-            "package.module:function.",
-        ),
-    ],
-    cluster: Annotated[
-        str, typer.Option("--cluster", metavar="C", help=options.ClusterHelp)
-    ],
-    batch: Annotated[
-        int, typer.Option("--batch", metavar="N", help="Sequences per step, all chips.")
-    ],
-    seq: Annotated[
-        int, typer.Option("--seq", metavar="N", help="Tokens per sequence.")
-    ],
-    strategy: Annotated[
-        str, typer.Option("--strategy", metavar="S", help=options.StrategyHelp)
-    ] = "auto",
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", metavar="NAME", help=options.OptimizerHelp)
-    ] = options.DEFAULT_OPTIMIZER,
-    learning_rate: Annotated[
-        float, typer.Option("--learning-rate", metavar="X", help="Its learning rate.")
-    ] = options.DEFAULT_LEARNING_RATE,
-    dtype: Annotated[
-        options.Dtype, typer.Option("--dtype", help="Type of the activations.")
-    ] = options.DEFAULT_DTYPE,
-    unrolled: Annotated[
-        bool, typer.Option("--unrolled", help=options.UnrolledHelp)
-    ] = False,
+    model: options.Model,
+    cluster: options.Cluster,
+    batch: options.Batch,
+    seq: options.Seq,
+    strategy: options.Strategy = "auto",
+    optimizer: options.Optimizer = options.DEFAULT_OPTIMIZER,
+    learning_rate: options.LearningRate = options.DEFAULT_LEARNING_RATE,
+    dtype: options.DtypeOfActivations = options.DEFAULT_DTYPE,
+    unrolled: options.Unrolled = False,
     replicate: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,10 +32,7 @@ def search(
             "can be repeated.",
         ),
     ] = None,
-    pins: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help=options.SetHelp),
-    ] = None,
+    pins: options.Pins = None,
     time_limit_s: Annotated[
         float | None,
         typer.Option(
@@ -92,10 +66,7 @@ def search(
             "compiler says of memory and time.",
         ),
     ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Write the best plan."),
-    ] = None,
+    output: Annotated[str | None, options.output("Write the best plan.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find the fastest plan for a model on a cluster."""

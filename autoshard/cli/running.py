@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from autoshard.plan.schema import Plan
     from autoshard.train import TrainResult
 
-DEFAULT_CLUSTER = "cpu:8"
-DEFAULT_BATCH = 16
-DEFAULT_SEQ = 128
-
 
 def run(
     target: Annotated[
@@ -32,56 +28,14 @@ def run(
             help="A plan file, or a model as 'autoshard search' takes it.",
         ),
     ],
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            "--cluster",
-            metavar="C",
-            help=f"Where to run a MODEL; {DEFAULT_CLUSTER} when not given. cpu:N sets "
-            "up N virtual devices.",
-        ),
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option("--strategy", metavar="S", help=f"MODEL: {options.StrategyHelp}"),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            "--batch", metavar="N", help=f"MODEL: sequences a step; {DEFAULT_BATCH}."
-        ),
-    ] = None,
-    seq: Annotated[
-        int | None,
-        typer.Option(
-            "--seq", metavar="N", help=f"MODEL: tokens a sequence; {DEFAULT_SEQ}."
-        ),
-    ] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(
-            "--optimizer",
-            metavar="NAME",
-            help=f"MODEL: an optimizer of optax; {options.DEFAULT_OPTIMIZER}.",
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            "--learning-rate",
-            metavar="X",
-            help=f"MODEL: its learning rate; {options.DEFAULT_LEARNING_RATE:g}.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        options.Dtype | None,
-        typer.Option(
-            "--dtype", help=f"MODEL: type of activations; {options.DEFAULT_DTYPE}."
-        ),
-    ] = None,
-    unrolled: Annotated[
-        bool, typer.Option("--unrolled", help=f"MODEL: {options.UnrolledHelp}")
-    ] = False,
+    cluster: options.ClusterOfModel = None,
+    strategy: options.StrategyOfModel = None,
+    batch: options.BatchOfModel = None,
+    seq: options.SeqOfModel = None,
+    optimizer: options.OptimizerOfModel = None,
+    learning_rate: options.LearningRateOfModel = None,
+    dtype: options.DtypeOfModel = None,
+    unrolled: options.UnrolledOfModel = False,
     data: Annotated[
         str | None,
         typer.Option(
@@ -143,12 +97,12 @@ def run(
         assert plan.program.model is not None
         resolved = api.resolve(plan.program.model)
     else:
-        chips = api.cluster(cluster or DEFAULT_CLUSTER)
+        chips = api.cluster(cluster or options.DEFAULT_CLUSTER)
         devices = _devices(chips.name, chips.kind, chips.num_chips)
         ref = options.model_ref(
             target,
-            batch=DEFAULT_BATCH if batch is None else batch,
-            seq=DEFAULT_SEQ if seq is None else seq,
+            batch=options.DEFAULT_BATCH if batch is None else batch,
+            seq=options.DEFAULT_SEQ if seq is None else seq,
             optimizer=optimizer,
             learning_rate=learning_rate,
             dtype=dtype,

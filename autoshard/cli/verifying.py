@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from autoshard.cli import options
 from autoshard.cli.output import Json, say, show, show_json
 from autoshard.cli.running import load_named
 
@@ -41,8 +42,7 @@ def verify(
         ),
     ] = False,
     output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="NEW", help="Where --repair writes."),
+        str | None, options.output("Where --repair writes.", metavar="NEW")
     ] = None,
     as_json: Json = False,
 ) -> None:

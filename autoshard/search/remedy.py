@@ -106,11 +106,16 @@ def explain_no_fit(
     group, k = _smallest(explored)
     least, capacity = float(group.peak_bytes[k]), explored.capacity
     mesh = " x ".join(f"{a}={n}" for a, n in group.mesh(k).items() if n > 1)
+    missing = (
+        f"{_gib(least - capacity)} are missing"
+        if least > capacity
+        else "with its microbatches traced it needs more than that"
+    )
     lines = [
         f"no plan of strategy {strategy.name!r} fits {cluster.name}: the smallest "
         f"({mesh or 'one chip'}, {int(group.cuts[k])} microbatches, remat "
         f"{group.remat}) needs {_gib(least)} a chip, {_gib(capacity)} can be used, "
-        f"{_gib(least - capacity)} are missing."
+        f"{missing}."
     ]
     if explored.left:
         lines.append(
@@ -162,7 +167,8 @@ def conflicts(
         broken = {key: ~group.meets(key, value)[fits] for key, value in fixed.items()}
         for k, step_s in enumerate(group.step_s[fits].tolist()):
             keys = frozenset(key for key, mask in broken.items() if mask[k])
-            fastest[keys] = min(fastest.get(keys, step_s), step_s)
+            if keys:  # else it was tried, and with its microbatches traced it is larger
+                fastest[keys] = min(fastest.get(keys, step_s), step_s)
     if not fastest:
         return [], []
     fewest = min(map(len, fastest))

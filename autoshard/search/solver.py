@@ -191,7 +191,12 @@ class Solver:
         found = self._written(explored, front, most)
         if not found:
             raise InfeasibleError(self._no_fit())
-        return found
+        # With their microbatches traced, some may be beaten by others.
+        kept: list[Plan] = []
+        for plan in sorted(found, key=_time_and_memory):
+            if not kept or _time_and_memory(plan)[1] < _time_and_memory(kept[-1])[1]:
+                kept.append(plan)
+        return kept
 
     def _no_fit(self) -> str:
         return explain_no_fit(self.space, self.explored(), self.cluster, self.strategy)
@@ -242,3 +247,7 @@ class Solver:
             if len(found) == most:
                 break
         return found
+
+
+def _time_and_memory(plan: Plan) -> tuple[float, int]:
+    return plan.predicted.step_s, plan.predicted.memory.total

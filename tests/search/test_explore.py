@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
+import jax
+import jax.numpy as jnp
 import pytest
+from helpers import tiny_lm
 from helpers.spaces import OneByOne, fitting, floats, mlp_step, of_mesh, small_memory
 
 from autoshard.cost import Pricer
 from autoshard.plan.cluster import cluster
-from autoshard.plan.files import plan_to_json
+from autoshard.plan.files import load_strategy, plan_to_json
 from autoshard.search.explore import explore
 from autoshard.search.solver import Solver
 
@@ -135,6 +140,20 @@ def test_the_front_is_that_of_brute_force():
     sizes = [p.predicted.memory.total for p in plans]
     assert (times, sizes) == (sorted(times), sorted(sizes, reverse=True))
     assert len(plans) == 3
+
+
+def test_of_the_plans_that_are_written_none_beats_another():
+    # Priced from the program without microbatches, some of these are on the front that
+    # are beaten once theirs are traced.
+    ids = jax.ShapeDtypeStruct((32, 64), jnp.int32)
+    batch, auto = {"tokens": ids, "targets": ids}, load_strategy("auto")
+    one = Solver(tiny_lm.build(), (batch,), cluster("cpu:4"), auto)
+    plans = one.front(100)
+    points = [(p.predicted.step_s, p.predicted.memory.total) for p in plans]
+    assert len(one.explored().front()) > len(points) > 2
+    assert points == sorted(points)
+    for a, b in itertools.permutations(points, 2):
+        assert a[0] < b[0] or a[1] < b[1]
 
 
 def test_counts_add_up_to_the_space():
