@@ -23,6 +23,7 @@ class Wishes(TypedDict, total=False):
     aliases: Mapping[str, str] | None
     replicate: Iterable[str]
     model_ref: ModelRef | None
+    executable: bool
 
 
 class Asked(Wishes, total=False):

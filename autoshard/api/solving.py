@@ -13,6 +13,7 @@ from autoshard.plan.files import load_strategy
 from autoshard.plan.schema import ModelRef, Plan
 from autoshard.plan.strategy import Strategy
 from autoshard.search import Sizing, Solver, size_of, with_pins
+from autoshard.search.space import executable as only_executable
 
 GIB = 2.0**30
 
@@ -27,6 +28,7 @@ def solver(
     aliases: Mapping[str, str] | None = None,
     replicate: Iterable[str] = (),
     model_ref: ModelRef | None = None,
+    executable: bool = False,
     time_limit_s: float | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Solver:
@@ -50,6 +52,7 @@ def solver(
         replicate: Primitives, or kernels, without a factor rule that every device may
             compute whole; each use is listed in the plan.
         model_ref: Recorded in the plan, so that the command line can run it.
+        executable: Leave out what is priced but cannot be run yet: pipeline stages.
         time_limit_s: Seconds after which no more candidates are begun with. What was
             found until then, or until Ctrl-C, is returned; its certificate says how far
             from the best it may be.
@@ -84,6 +87,7 @@ def solver(
     policy = strategy if isinstance(strategy, Strategy) else load_strategy(strategy)
     policy = with_pins(policy, pins or {})
     policy = policy.with_wishes(specs or {}, aliases or {}, replicate)
+    policy = only_executable(policy) if executable else policy
     return Solver(
         fn,
         abstract_args,
@@ -162,6 +166,7 @@ def why_not(
     *abstract_args: Any,
     pins: Mapping[str, Any],
     strategy: str | Strategy = "auto",
+    executable: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> Plan:
     """The best plan with some fields fixed otherwise, to hold against a plan.
@@ -176,6 +181,7 @@ def why_not(
         *abstract_args: As in `solver`.
         pins: The change, as in `solver`.
         strategy: In which the rest is chosen.
+        executable: As in `solver`.
         log: As in `solver`.
 
     Raises:
@@ -208,6 +214,7 @@ def why_not(
         strategy=strategy,
         pins=pins,
         model_ref=plan.program.model,
+        executable=executable,
         log=log,
     )
     return program.plans()[0]

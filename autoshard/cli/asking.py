@@ -28,6 +28,7 @@ def size(
         ),
     ] = None,
     strategy: options.Strategy = "auto",
+    executable: options.Executable = False,
     optimizer: options.Optimizer = options.DEFAULT_OPTIMIZER,
     dtype: options.DtypeOfActivations = options.DEFAULT_DTYPE,
     output: Annotated[str | None, options.output("Write the plan.")] = None,
@@ -52,6 +53,7 @@ def size(
         target_tokens_per_s=target_tokens_per_s,
         budget_gib=budget_gib,
         strategy=strategy,
+        executable=executable,
         model_ref=resolved.ref,
         log=say,
     )
@@ -76,6 +78,7 @@ def size(
 def why_not(
     plan: options.PlanFile,
     pins: options.SomePins,
+    executable: options.Executable = False,
     output: Annotated[str | None, options.output("Write the other plan.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +99,14 @@ def why_not(
     assert loaded.program.model is not None
     plan_on_cpu()
     resolved = api.resolve(loaded.program.model)
-    other = api.why_not(resolved.step, loaded, resolved.batch, pins=fixed, log=say)
+    other = api.why_not(
+        resolved.step,
+        loaded,
+        resolved.batch,
+        pins=fixed,
+        executable=executable,
+        log=say,
+    )
     if output is not None:
         api.save_plan(other, output)
         say(f"wrote {output}")

@@ -141,6 +141,14 @@ _SET = typer.Option(
 Pins = Annotated[list[str] | None, _SET]
 SomePins = Annotated[list[str], _SET]
 
+Executable = Annotated[
+    bool,
+    typer.Option(
+        "--executable",
+        help="Leave out what is priced but cannot be run yet: pipeline stages.",
+    ),
+]
+
 PlanFile = Annotated[
     str,
     typer.Argument(

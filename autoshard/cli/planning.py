@@ -33,6 +33,7 @@ def search(
         ),
     ] = None,
     pins: options.Pins = None,
+    executable: options.Executable = False,
     time_limit_s: Annotated[
         float | None,
         typer.Option(
@@ -96,6 +97,8 @@ def search(
     resolved = api.resolve(ref)
     for note in resolved.notes:
         say(note)
+    if verify is not None and not executable:
+        say("--verify compiles plans: those that cannot be run yet are left out")
     program = api.solver(
         resolved.step,
         resolved.batch,
@@ -104,6 +107,7 @@ def search(
         pins=fixed,
         replicate=replicate or (),
         model_ref=resolved.ref,
+        executable=executable or verify is not None,
         time_limit_s=time_limit_s,
         log=say,
     )

@@ -115,6 +115,7 @@ def run(
             cluster=chips,
             strategy=strategy or "auto",
             model_ref=ref,
+            executable=True,
             log=say,
         )
     for note in resolved.notes:

@@ -59,6 +59,12 @@ class _Lowered:
     def __init__(
         self, fn: Callable[..., Any], plan: Plan, devices: Sequence[Any] | None
     ) -> None:
+        if plan.not_executable:
+            raise InputError(
+                f"this plan has {', '.join(plan.not_executable)}: it is priced, but "
+                "autoshard cannot run that yet. Search again with --executable "
+                "(executable=True) for the best plan that it can run."
+            )
         self.plan = plan
         self.mesh = build_mesh(plan, devices)
         self._fn = fn

@@ -74,6 +74,7 @@ def explain(plan: Plan) -> Document:
         ],
         "replicated": [r.model_dump(mode="json") for r in plan.replicated],
         "constraints": {"pinned": len(plan.constraints), "ops": plan.program.ops},
+        "not_executable": list(plan.not_executable),
         "notes": list(plan.notes),
     }
 
@@ -84,6 +85,9 @@ def _predicted(estimate: Estimate) -> Document:
         ("memory-bound", estimate.memory_bound_s),
         ("exposed collectives", estimate.collective_s),
     ]
+    if estimate.bubble_s or estimate.transfer_s:
+        parts.append(("pipeline bubble", estimate.bubble_s))
+        parts.append(("stage transfers", estimate.transfer_s))
     rest_s = estimate.step_s - sum(time_s for _, time_s in parts)
     # A sum that differs from the step by more than rounding is shown, not hidden.
     if abs(rest_s) > 1e-6 * estimate.step_s:

@@ -107,9 +107,24 @@ def policy_lines(document: Document) -> list[tuple[str, str]]:
         (
             "schedule",
             f"{count} microbatch{'es' if count > 1 else ''}, remat "
-            f"{schedule['remat']}, pipeline {schedule['pipeline']}",
+            f"{schedule['remat']}, {pipeline_text(schedule)}",
+        ),
+        *(
+            ("not executable", f"{what} cannot be run yet; search with --executable")
+            for what in document["not_executable"]
         ),
     ]
+
+
+def pipeline_text(schedule: Document) -> str:
+    """The pipeline of a schedule in words."""
+    name = schedule["pipeline"]
+    if name == "none":
+        return "no pipeline"
+    parts = f", {schedule['virtual']} parts a stage" if schedule["virtual"] > 1 else ""
+    vocab = ", vocabulary spread" if schedule["vocab"] == "spread" else ""
+    blocks = "+".join(map(str, schedule["blocks"]))
+    return f"pipeline {name}{parts}{vocab}, blocks {blocks}"
 
 
 def predicted_lines(document: Document) -> list[tuple[str, str]]:
@@ -287,7 +302,8 @@ def ranking(plans: list[Plan]) -> RenderableType:
             str(rank),
             mesh_text([a.model_dump() for a in plan.axes]),
             Text(" ".join(sorted(states, reverse=True)) or "-"),
-            f"{plan.microbatches} mb, remat {plan.remat}",
+            f"{plan.microbatches} mb, remat {plan.remat}"
+            + (f", {how}" if (how := filled.schedule.pipeline) != "none" else ""),
             seconds_text(p.step_s),
             seconds_text(p.collective_s),
             bytes_text(p.memory.total),
