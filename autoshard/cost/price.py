@@ -24,7 +24,7 @@ from autoshard.cost.moves import (
     unique_moves,
 )
 from autoshard.cost.overlap import prefetched, trailing
-from autoshard.cost.pipeline import Pipeline
+from autoshard.cost.pipeline import Pipeline, bubble_share
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
 from autoshard.cost.stages import PLACES, STAGE, Cut, Parts, Table, cut, staged, waiting
@@ -240,17 +240,21 @@ class Pricer:
         cluster: Cluster,
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
+        pipelines: Sequence[Pipeline] = (),
     ) -> Vector:
         """Seconds that a step takes at least, however state is stored.
 
         The kernels of the forward and backward passes and the collectives on
         activations depend on rules and remat alone: no storage of parameters, gradients
-        and optimizer state makes a candidate with the same rules faster.
+        and optimizer state makes a candidate with the same rules faster. Of several
+        stages the slowest takes no less than the average one, and waits for the others
+        as the best of the schedules lets it.
 
         Args:
             cluster: As in `price`.
             sizes: As in `price`.
             microbatches: As in `price`.
+            pipelines: How stages may take turns, where there are several.
         """
         meshes = Meshes(cluster, sizes)
         rates = Rates.of(cluster, self.constants)
@@ -265,7 +269,17 @@ class Pricer:
                 for _, time, _, _ in self.collective(index, meshes, microbatches):
                     between += time
         none = np.zeros(len(meshes))
-        return found + self._exposed(cluster, none, none, none, between)
+        whole = found + self._exposed(cluster, none, none, none, between)
+        stages, zero_bubble = (
+            meshes.product(STAGE),
+            self.constants["pipeline.zero_bubble"],
+        )
+        waits = [
+            bubble_share(how.schedule, stages, microbatches, zero_bubble) / how.virtual
+            for how in pipelines
+        ]
+        least = np.minimum.reduce(waits) if waits else none
+        return whole / stages * (1 + least * (stages - 1) / microbatches)
 
     def _exposed(
         self,

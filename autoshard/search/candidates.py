@@ -15,8 +15,6 @@ import numpy as np
 
 from autoshard.cost import Pricer
 from autoshard.cost.collectives import Meshes
-from autoshard.cost.constants import Constants
-from autoshard.cost.pipeline import bubble_share
 from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
@@ -227,8 +225,7 @@ class Space:
             sizes, pieces = grid[here][fits], cuts[here][fits]
             if bounded:
                 held = pricer.liveness.held_bytes(Meshes(cluster, sizes))
-                # The stage with the most has no less than the average one.
-                small = held / sizes[:, STAGE] <= watch.bytes_
+                small = held <= watch.bytes_
                 watch.too_large += int((~small).sum())
                 sizes, pieces = sizes[small], pieces[small]
             hows = space.pipelines(structure)
@@ -256,25 +253,13 @@ class Space:
         pricer = self._pricer(structure, sketch)
         floor_s = np.full(len(grid), np.nan)
         fits = batch_divides(pricer, grid, cuts, batch)
-        floor_s[fits] = pricer.floor_s(cluster, grid[fits], cuts[fits].astype(float))
-        return floor_s * self._share_of_stage(structure, grid, cuts)
-
-    def _share_of_stage(
-        self, structure: Strategy, grid: np.ndarray, cuts: np.ndarray
-    ) -> np.ndarray:
-        """Part of a step of one stage that a step of several takes at least.
-
-        The slowest stage takes no less than the average one, and waits for the others
-        as the best of the schedules lets it.
-        """
-        stages, constants = grid[:, STAGE].astype(float), Constants.shipped()
-        waits = [
-            bubble_share(how.schedule, stages, cuts, constants["pipeline.zero_bubble"])
-            / how.virtual
-            for how in space.pipelines(structure)
-        ]
-        least = np.minimum.reduce(waits) if waits else np.zeros(len(grid))
-        return (1 + least * (stages - 1) / cuts) / stages
+        floor_s[fits] = pricer.floor_s(
+            cluster,
+            grid[fits],
+            cuts[fits].astype(float),
+            space.pipelines(structure),
+        )
+        return floor_s
 
     def _pricer(self, structure: Strategy, sketch: Sketch) -> Pricer:
         layout = Layout.of(structure)

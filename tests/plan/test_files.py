@@ -145,7 +145,7 @@ def test_unknown_strategy_names_the_close_one():
         ('[mesh]\ndata = 2\n[rules]\nbatch = ["data", "data"]\n', "an axis twice"),
         ('[mesh]\ndata = 2\n[storage]\nweights = ["data"]\n', "storage.weights"),
         ('[mesh]\ndata = 2\n[schedule]\nremat = "half"\n', "schedule.remat"),
-        ('[mesh]\ndata = 2\n[schedule]\npipeline = "1f1b"\n', "schedule.pipeline"),
+        ('[mesh]\ndata = 2\n[schedule]\npipeline = "1f2b"\n', "schedule.pipeline"),
     ],
 )
 def test_strategy_files_that_cannot_be_used(tmp_path, body, said):

@@ -13,6 +13,7 @@ from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
 from autoshard.search.candidates import Space
 from autoshard.search.pinning import with_pins
+from autoshard.search.space import pipelines
 
 PINS = {
     "llama3-tiny": {"rules.vocab": "tensor", "rules.seq.residual": "none"},
@@ -47,7 +48,9 @@ def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
         first, *others = members
         for group in (first, *others):
             cuts = group.cuts.astype(np.float64)
-            floor_s = first.pricer.floor_s(there, group.sizes, cuts)
+            floor_s = first.pricer.floor_s(
+                there, group.sizes, cuts, pipelines(strategy)
+            )
             assert (floor_s <= group.step_s * (1 + 1e-12)).all(), group.strategy
             held = group.pricer.liveness.held_bytes(Meshes(there, group.sizes))
             assert (held <= group.peak_bytes).all(), group.strategy

@@ -65,7 +65,8 @@ WRONG = [
     ("tensor", 2.5, InputError, r"tensor = 2\.5.*whole number or 'auto'"),
     ("microbatches", "0", InputError, r"microbatches = '0'.*greater than or equal"),
     ("remat", "half", InputError, r"remat = 'half'.*'none'.*'full'"),
-    ("pipeline", "1f1b", InputError, r"pipeline = '1f1b'.*'none'"),
+    ("pipeline", "1f2b", InputError, r"pipeline = '1f2b'.*'none'.*'1f1b'"),
+    ("blocks", "4,x", InputError, r"blocks = '4,x'.*whole number"),
     ("storage.params", "tensr", InputError, r"storage\.params = 'tensr'.*tensor"),
     ("storage.params", "data+data", InputError, r"names an axis twice"),
     ("rules.mlp", "expert", InputError, r"\[rules\] mlp.*\[mesh\] does not name"),
@@ -166,3 +167,13 @@ def test_contradictory_pins_are_an_error_that_names_them(chips, pins, error, sai
 def test_an_unknown_field_is_one_of_our_errors():
     with pytest.raises(AutoshardError):
         with_pins(AUTO, {"cluster": "h100:8"})
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [{"virtual": 2}, {"pipeline": "interleaved"}, {"pipeline": "zb-h1", "virtual": 4}],
+)
+def test_parts_of_a_stage_must_suit_the_schedule(pins):
+    fixed = with_pins(load_strategy("fsdp"), {"stage": 2})
+    with pytest.raises(InputError, match="'interleaved' has two parts a stage or more"):
+        with_pins(fixed, pins)
