@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
@@ -161,6 +161,25 @@ def hide_from_source_lines(file: str) -> None:
 
 
 hide_from_source_lines(__file__)
+
+
+@contextmanager
+def quick_to_refuse() -> Iterator[None]:
+    """While it is open, a tracer that is asked for its sharding says no at once.
+
+    Flax asks every value that it stores, and JAX goes through all that was traced so
+    far to say in its answer where the tracer comes from.
+    """
+    held = Tracer.__dict__["sharding"]
+
+    def refuse(tracer: Any) -> Any:
+        raise AttributeError(f"'sharding' is not known of {tracer!r} while tracing.")
+
+    Tracer.sharding = property(refuse)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        Tracer.sharding = held  # type: ignore[assignment, misc]
 
 
 def call_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:

@@ -234,6 +234,8 @@ def _run_checkpointed(jaxpr: Any, args: list[Any]) -> list[Any]:
     env: dict[Any, Any] = dict(zip(opened.invars, args, strict=True))
     env.update(zip(opened.constvars, consts, strict=True))
     eqns = list(opened.eqns)
+    last = _last_uses(opened)
+    known: dict[Any, Callable[..., Any]] = {}
     at = 0
     while at < len(eqns):
         block = repeat and repeat.start <= at < repeat.start + repeat.period * (
@@ -241,7 +243,10 @@ def _run_checkpointed(jaxpr: Any, args: list[Any]) -> list[Any]:
         )
         if block:
             assert repeat is not None
-            _run_block(eqns, at, at + repeat.period, opened.outvars, env)
+            end = at + repeat.period
+            _run_block(
+                eqns[at:end], lambda v, end=end: last.get(v, -1) >= end, env, known
+            )
             at += repeat.period
             continue
         eqn = eqns[at]
@@ -255,10 +260,32 @@ def _run_checkpointed(jaxpr: Any, args: list[Any]) -> list[Any]:
     return [a.val if _jaxcompat.is_literal(a) else env[a] for a in opened.outvars]
 
 
+def _last_uses(opened: Any) -> dict[Any, int]:
+    """The last equation that reads each variable; their number for a result."""
+    last = {
+        atom: i
+        for i, eqn in enumerate(opened.eqns)
+        for atom in eqn.invars
+        if not _jaxcompat.is_literal(atom)
+    }
+    results = [a for a in opened.outvars if not _jaxcompat.is_literal(a)]
+    return last | dict.fromkeys(results, len(opened.eqns))
+
+
 def _run_block(
-    eqns: list[Any], begin: int, end: int, outvars: Any, env: dict[Any, Any]
+    inside: list[Any],
+    is_used_later: Callable[[Any], bool],
+    env: dict[Any, Any],
+    known: dict[Any, Callable[..., Any]],
 ) -> None:
-    inside = eqns[begin:end]
+    """Runs one copy; copies that are equal in all are traced and differentiated once.
+
+    Args:
+        inside: Its equations.
+        is_used_later: Whether a result of one of them is read by what follows.
+        env: The value of each variable so far; those of the copy are added.
+        known: What runs a copy, by all that matters of it; added to.
+    """
     made = {var for eqn in inside for var in eqn.outvars}
     read = [
         atom
@@ -267,13 +294,7 @@ def _run_block(
         if not _jaxcompat.is_literal(atom) and atom not in made
     ]
     inputs = list(dict.fromkeys(read))
-    later = {
-        atom
-        for eqn in eqns[end:]
-        for atom in eqn.invars
-        if not _jaxcompat.is_literal(atom)
-    } | {a for a in outvars if not _jaxcompat.is_literal(a)}
-    outputs = [var for eqn in inside for var in eqn.outvars if var in later]
+    outputs = [v for eqn in inside for v in eqn.outvars if is_used_later(v)]
 
     def run(values: list[Any]) -> list[Any]:
         local = dict(zip(inputs, values, strict=True))
@@ -285,8 +306,52 @@ def _run_block(
             local.update(zip(eqn.outvars, results, strict=True))
         return [local[var] for var in outputs]
 
-    results = jax.checkpoint(run)([env[var] for var in inputs])
+    # What runs a copy is only made anew where it does something else: JAX keeps what it
+    # makes of a function, and that is most of the time that differentiating takes.
+    checkpointed = known.setdefault(
+        _identity(inside, inputs, outputs), jax.checkpoint(run)
+    )
+    results = checkpointed([env[var] for var in inputs])
     env.update(zip(outputs, results, strict=True))
+
+
+def _identity(inside: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
+    """Equal only for copies of which one can run in the place of the other.
+
+    What cannot be compared by value is only equal to itself.
+    """
+    number: dict[Any, int] = {}
+    for var in (*inputs, *(var for eqn in inside for var in eqn.outvars)):
+        number.setdefault(var, len(number))
+
+    def value(x: Any) -> Any:
+        try:
+            hash(x)
+        except TypeError:
+            return id(x)
+        return type(x), x
+
+    def operand(atom: Any) -> Any:
+        if not _jaxcompat.is_literal(atom):
+            return number[atom]
+        held = atom.val
+        if isinstance(held, np.ndarray) and not held.ndim:
+            held = held.tobytes()
+        return str(atom.aval), value(held)
+
+    ops = tuple(
+        (
+            eqn.primitive,
+            tuple((key, value(param)) for key, param in eqn.params.items()),
+            tuple(operand(atom) for atom in eqn.invars),
+            eqn.ctx,
+            _jaxcompat.name_stack(eqn),
+            _jaxcompat.source_line(eqn),
+        )
+        for eqn in inside
+    )
+    types = tuple(str(var.aval) for var in inputs)
+    return ops, types, tuple(number[var] for var in outputs)
 
 
 def _run_scan(eqn: Any, values: list[Any]) -> list[Any]:

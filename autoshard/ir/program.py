@@ -60,7 +60,7 @@ def build(closed_jaxpr: Any, input_paths: Sequence[str]) -> Program:
     """
     builder = Builder()
     opened, _ = _jaxcompat.open_jaxpr(closed_jaxpr)
-    with _no_collection():
+    with no_collection():
         inputs = [builder.value(var.aval, 0) for var in opened.invars]
         outputs = builder.walk(closed_jaxpr, inputs, 0, "", "")
         return Program(
@@ -75,8 +75,12 @@ def build(closed_jaxpr: Any, input_paths: Sequence[str]) -> Program:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Makes many objects that all stay; looking for garbage would take most of it."""
+def no_collection() -> Iterator[None]:
+    """While it is open, garbage stays.
+
+    For what makes many objects of which most stay: looking for garbage among them again
+    and again would take half of its time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -21,7 +21,7 @@ from autoshard.ir.errors import (
     InputError,
     NoForwardDerivativeError,
 )
-from autoshard.ir.program import Program, build
+from autoshard.ir.program import Program, build, no_collection
 from autoshard.ir.seeds import AnnotationReport, Seed
 from autoshard.ir.ties import Blocks, find_blocks
 from autoshard.ir.train_step import TrainStep, path_string
@@ -120,6 +120,7 @@ def _is_explicit(sharding: Any) -> bool:
     return mesh is not None and bool(explicit_axes(mesh))
 
 
+@no_collection()
 def trace(
     fn: Callable[..., Any],
     args: Sequence[Any],

@@ -21,6 +21,12 @@ UPDATE_SCOPE = "autoshard_update"
 """Name scope of what runs once a step, however many microbatches there are."""
 
 
+_OF_MODEL = frozenset(
+    ("_is_nnx", "_from_key", "_from_rngs", "_abstract", "_abstract_state")
+)
+"""What a `TrainStep` finds out about its model, which no schedule changes."""
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["step", "params", "opt_state", "rest"],
@@ -72,7 +78,11 @@ class TrainStep:
 
     def with_schedule(self, *, microbatches: int, remat: str) -> TrainStep:
         """The same step with another accumulation and rematerialisation."""
-        return replace(self, microbatches=microbatches, remat=remat)
+        other = replace(self, microbatches=microbatches, remat=remat)
+        # The model is the same: what is known of it need not be found out again.
+        for name in _OF_MODEL & self.__dict__.keys():
+            other.__dict__[name] = self.__dict__[name]
+        return other
 
     # -- model -------------------------------------------------------------------
 
@@ -140,6 +150,9 @@ class TrainStep:
             params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
         else:
             params, rest = self._build(key), {}
+        return self._fresh(params, rest)
+
+    def _fresh(self, params: Any, rest: Any) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -149,7 +162,15 @@ class TrainStep:
 
     def abstract_state(self) -> TrainState:
         """The state as `jax.ShapeDtypeStruct`s; nothing is computed."""
-        state = build(lambda: self.init(0), jax.eval_shape)[0]
+        return jax.tree.map(lambda x: x, self._abstract_state)
+
+    @cached_property
+    def _abstract_state(self) -> TrainState:
+        if self._is_nnx:
+            parts = [nnx.to_pure_dict(part) for part in self._abstract[1:]]
+            state = build(lambda: self._fresh(*parts), jax.eval_shape)[0]
+        else:
+            state = build(lambda: self.init(0), jax.eval_shape)[0]
         # Under a mesh with Explicit axes shapes come with shardings nobody asked for.
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 

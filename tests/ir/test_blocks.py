@@ -113,7 +113,15 @@ def in_a_jit(ws, x):
     return jax.jit(unrolled)(ws, x)
 
 
-FUNCTIONS = [unrolled, scanned, reversed_scan, in_a_jit]
+def with_own_numbers(ws, x):
+    """Layers that are alike but for a constant, written in place or as an array."""
+    for i in range(LAYERS):
+        x = layer(jax.tree.map(lambda w, i=i: w[i], ws), x * (1.5 - i / 4))
+        x = x + jnp.full(WIDTH, i % 2) * np.float32(i)
+    return (x**2).mean()
+
+
+FUNCTIONS = [unrolled, scanned, reversed_scan, in_a_jit, with_own_numbers]
 
 
 def arguments():
@@ -159,6 +167,24 @@ def test_each_unrolled_block_is_one_checkpoint():
     assert len(remats) == LAYERS
     # At the border between two layers one value crosses, the residual stream.
     assert all(len(eqn.outvars) == 1 for eqn in remats)
+
+
+def test_equal_blocks_are_traced_once():
+    def fn(ws, x):
+        for w in ws:
+            x = layer(w, x)
+        return (x**2).mean()
+
+    ws, x = arguments()
+    apart = [jax.tree.map(lambda w, i=i: w[i], ws) for i in range(LAYERS)]
+    jaxpr = jax.make_jaxpr(checkpoint_blocks(fn))(apart, x)
+    bodies = [
+        e.params["jaxpr"]
+        for e in jaxpr.jaxpr.eqns
+        if e.primitive.name in ("remat2", "checkpoint")
+    ]
+    assert len(bodies) == LAYERS
+    assert len({id(body) for body in bodies}) == 1
 
 
 def test_the_structure_of_arguments_and_results_stays():

@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 from flax.core import meta
 
+from autoshard.ir import _jaxcompat
 from autoshard.ir.annotations import linen
 from autoshard.ir.annotations.calls import answered, silenced
 
@@ -51,6 +52,7 @@ def build(
         stack.enter_context(_deprecations(seen))
         stack.enter_context(nnx.use_eager_sharding(False))
         stack.enter_context(silenced())
+        stack.enter_context(_jaxcompat.quick_to_refuse())
         if shapes is None:
             return make(), seen
         for box in (nn.Partitioned, nn.LogicallyPartitioned):
