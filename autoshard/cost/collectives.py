@@ -17,6 +17,9 @@ from autoshard.cost.network import Fabric, Group, Vector, prepare
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
 
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+"""Indices of candidates."""
+
 
 @dataclass
 class Meshes:
@@ -37,6 +40,22 @@ class Meshes:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @cached_property
+    def by_active(self) -> list[tuple[frozenset[str], Rows]]:
+        """The candidates by the axes of which they have several devices."""
+        bits = (self.sizes > 1) @ (1 << np.arange(len(AXES)))
+        return [
+            (
+                frozenset(a for k, a in enumerate(AXES) if pattern >> k & 1),
+                np.flatnonzero(bits == pattern),
+            )
+            for pattern in np.unique(bits).tolist()
+        ]
+
+    def take(self, rows: Rows) -> Meshes:
+        """Some of the candidates."""
+        return Meshes(self.cluster, self.sizes[rows])
 
     @cached_property
     def fabric(self) -> Fabric:

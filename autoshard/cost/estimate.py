@@ -90,6 +90,7 @@ def estimate(
         The estimate.
     """
     row = np.array([[sizes.get(axis, 1) for axis in AXES]], dtype=np.int64)
+    pricer = pricer.on(frozenset(axis for axis, n in sizes.items() if n > 1))
     ones = np.ones(1)
     prices = pricer.price(cluster, row, ones)
     meshes = Meshes(cluster, row)
@@ -137,7 +138,7 @@ def _collectives(pricer: Pricer, meshes: Meshes) -> list[Collective]:
         op = program.ops[reshard.op] if reshard.op != OUTPUT else None
         for step, time, size, runs in pricer.collective(index, meshes, np.ones(1)):
             axes = tuple(a for a in step.axes if meshes.product(frozenset([a]))[0] > 1)
-            if not axes or step.kind == "slice":
+            if not axes or step.kind == "slice" or not runs[0]:
                 continue
             value = names.get(reshard.value)
             if value is None and op is not None:

@@ -6,12 +6,13 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from autoshard.cost.collectives import Meshes, Vector
+from autoshard.cost.active import Moves, along
+from autoshard.cost.collectives import Meshes, Rows, Vector
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
 from autoshard.cost.liveness import Liveness
@@ -75,7 +76,9 @@ class Pricer:
         self.moves = unique_moves(sharded)
         self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
-        self.compute = Compute(sharded, work, self.local_bytes)
+        self._of_axes = Moves(sharded, self.moves)
+        self._along: dict[frozenset[str], Pricer] = {}
+        self.compute = Compute(sharded, work, self._of_axes, self.local_bytes)
         self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
         self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
 
@@ -99,6 +102,41 @@ class Pricer:
             InputError: The chip has no peak for a dtype the program multiplies in.
         """
         meshes = Meshes(cluster, sizes)
+        parts = self._parts(meshes)
+        if len(parts) == 1:
+            return parts[0][0]._price(meshes, microbatches)
+        found = Prices(*(np.zeros(len(meshes)) for _ in fields(Prices)))
+        for pricer, rows in parts:
+            part = pricer._price(meshes.take(rows), microbatches[rows])
+            for field in fields(Prices):
+                getattr(found, field.name)[rows] = getattr(part, field.name)
+        return found
+
+    def on(self, active: frozenset[str]) -> Pricer:
+        """What prices meshes where only these axes have several devices.
+
+        That is this one, unless the moves that are left there are others.
+        """
+        active &= self._of_axes.axes
+        if active not in self._along:
+            same = active == self._of_axes.axes or not self._of_axes.differ(active)
+            self._along[active] = (
+                self
+                if same
+                else Pricer(along(self.sharded, active), self.work, self.constants)
+            )
+        return self._along[active]
+
+    def _parts(self, meshes: Meshes) -> list[tuple[Pricer, Rows]]:
+        """The candidates by what prices them."""
+        found: dict[int, tuple[Pricer, list[Rows]]] = {}
+        for active, rows in meshes.by_active:
+            pricer = self.on(active)
+            found.setdefault(id(pricer), (pricer, []))[1].append(rows)
+        return [(pricer, np.concatenate(rows)) for pricer, rows in found.values()]
+
+    def _price(self, meshes: Meshes, microbatches: Vector) -> Prices:
+        cluster = meshes.cluster
         rates = Rates.of(cluster, self.constants)
         matmul, other = self.compute_s(meshes, microbatches, rates)
         ahead, after, between = (np.zeros(len(meshes)) for _ in range(3))
@@ -137,6 +175,13 @@ class Pricer:
             microbatches: As in `price`.
         """
         meshes = Meshes(cluster, sizes)
+        found = np.zeros(len(meshes))
+        for pricer, rows in self._parts(meshes):
+            found[rows] = pricer._floor_s(meshes.take(rows), microbatches[rows])
+        return found
+
+    def _floor_s(self, meshes: Meshes, microbatches: Vector) -> Vector:
+        cluster = meshes.cluster
         rates = Rates.of(cluster, self.constants)
         found, between = np.zeros(len(meshes)), np.zeros(len(meshes))
         for time in self.compute.times(meshes, microbatches, rates, update=False):
@@ -193,9 +238,12 @@ class Pricer:
         """Bytes of a value on one device, in one microbatch, padding included."""
         whole = self.program.values[value].bytes_ / meshes.product(axes)
         for size, dim in self._padded.get(value, ()):
-            if axes.issuperset(dim):
+            rest = frozenset(dim) - axes
+            if len(rest) < len(dim):
                 ways = meshes.product(frozenset(dim))
-                whole = whole * (np.ceil(size / ways) * ways / size)
+                larger = np.ceil(size / ways) * ways / size
+                # Of the whole dim, but for axes of one device.
+                whole = whole * np.where(meshes.product(rest) > 1, 1.0, larger)
         return whole / cuts if self.work.batched[value] else whole
 
     def _find_padded(self) -> dict[int, list[tuple[int, tuple[str, ...]]]]:
@@ -250,7 +298,14 @@ class Pricer:
             if not self.work.update[op.index]:
                 runs = runs * cuts
         found = []
-        for step in steps_of(reshard):
+        steps = [(step, runs) for step in steps_of(reshard)]
+        rest = frozenset(reshard.unreduced) - axes_of(reshard.target)
+        if reshard.at_once and rest:  # and there are several devices to sum over
+            summed = runs * (meshes.product(rest) > 1)
+            apart = steps_of(replace(reshard, at_once=False))
+            steps = [(step, summed) for step, _ in steps]
+            steps += [(step, runs - summed) for step in apart]
+        for step, runs in steps:
             size = self.local_bytes(reshard.value, step.large, meshes, cuts)
             axes = frozenset(step.axes)
             time = runs * meshes.time_s(step.kind, axes, size)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from autoshard.cost.schedule import lifetimes, positions
+from autoshard.cost.written import Fusions
 from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
 from autoshard.ir.train_step import UPDATE_SCOPE
@@ -39,6 +40,7 @@ class Work:
         death: Per value, the last position at which it is needed.
         over: Values that are written over the result of a product.
         gradients: Values that hold gradients.
+        fusions: The kernels that its ops become.
     """
 
     runs: tuple[int, ...]
@@ -52,6 +54,7 @@ class Work:
     death: tuple[int, ...]
     over: frozenset[int]
     gradients: frozenset[int]
+    fusions: Fusions
 
 
 def analyse(traced: Traced, classes: DimClasses) -> Work:
@@ -80,6 +83,7 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
         death=death,
         over=over,
         gradients=_gradients(program, classes),
+        fusions=Fusions(program, rules),
     )
 
 

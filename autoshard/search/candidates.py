@@ -263,6 +263,8 @@ class Space:
         earlier: list[Strategy] = []
         family: Any = None
         floor_s = np.zeros(len(grid))
+        known = np.full(len(grid), not bounded)
+        first: Pricer | None = None
         for structure in space.structures(strategy, keep):
             watch.visited += 1
             sketch = self.sketch(structure.schedule.remat, required=required)
@@ -272,7 +274,12 @@ class Space:
             earlier.append(structure)
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
-                floor_s = self._floor_s(structure, sketch, cluster, grid, cuts, batch)
+                first = self._pricer(structure, sketch)
+                known[:] = False
+            ask = new & ~known
+            if first is not None and ask.any():
+                known |= ask
+                floor_s[ask] = _floor_s(first, cluster, grid[ask], cuts[ask], batch)
             here = new & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
             watch.indivisible += int((new & np.isnan(floor_s)).sum())
@@ -298,25 +305,6 @@ class Space:
                 peak_bytes=prices.peak_bytes,
             )
 
-    def _floor_s(
-        self,
-        structure: Strategy,
-        sketch: Sketch,
-        cluster: Cluster,
-        grid: np.ndarray,
-        cuts: np.ndarray,
-        batch: int,
-    ) -> np.ndarray:
-        """Bounds of all structures with these rules and remat, float64[candidate].
-
-        NaN where the batch does not divide, whatever the storage.
-        """
-        pricer = self._pricer(structure, sketch)
-        floor_s = np.full(len(grid), np.nan)
-        fits = batch_divides(pricer, grid, cuts, batch)
-        floor_s[fits] = pricer.floor_s(cluster, grid[fits], cuts[fits].astype(float))
-        return floor_s
-
     def _pricer(self, structure: Strategy, sketch: Sketch) -> Pricer:
         layout = Layout.of(structure)
         states = (layout.params, layout.gradients, layout.optimizer)
@@ -325,6 +313,19 @@ class Space:
             sharded = propagate(sketch.traced, sketch.classes, layout)
             self._pricers[key] = Pricer(sharded, sketch.work)
         return self._pricers[key]
+
+
+def _floor_s(
+    pricer: Pricer, cluster: Cluster, grid: np.ndarray, cuts: np.ndarray, batch: int
+) -> np.ndarray:
+    """Bounds of all structures with these rules and remat, float64[candidate].
+
+    NaN where the batch does not divide, whatever the storage.
+    """
+    floor_s = np.full(len(grid), np.nan)
+    fits = batch_divides(pricer, grid, cuts, batch)
+    floor_s[fits] = pricer.floor_s(cluster, grid[fits], cuts[fits].astype(float))
+    return floor_s
 
 
 def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:
