@@ -6,8 +6,8 @@ What a group of them takes is said by `autoshard.cost.network`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,9 @@ import numpy as np
 from autoshard.cost.network import Fabric, Group, Vector, prepare
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
+
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+"""Indices of candidates."""
 
 
 @dataclass
@@ -37,6 +40,22 @@ class Meshes:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @cached_property
+    def by_active(self) -> list[tuple[frozenset[str], Rows]]:
+        """The candidates by the axes of which they have several devices."""
+        bits = (self.sizes > 1) @ (1 << np.arange(len(AXES)))
+        return [
+            (
+                frozenset(a for k, a in enumerate(AXES) if pattern >> k & 1),
+                np.flatnonzero(bits == pattern),
+            )
+            for pattern in np.unique(bits).tolist()
+        ]
+
+    def take(self, rows: Rows) -> Meshes:
+        """Some of the candidates."""
+        return Meshes(self.cluster, self.sizes[rows])
 
     @cached_property
     def fabric(self) -> Fabric:
@@ -126,3 +145,36 @@ class Meshes:
             found = prepare(kind, self.group(axes), self.fabric)
             self._times[kind, axes] = found
         return self._times[kind, axes](bytes_)
+
+
+def scattered(parts: Sequence[tuple[Rows, Any]], count: int) -> Any:
+    """Puts together what was found for several groups of candidates.
+
+    Args:
+        parts: Which candidates each group has, and what was found for them: arrays
+            whose last dim they are, in tuples, lists and dataclasses of the same form.
+            What is neither is the same for all.
+        count: Candidates of all groups.
+
+    >>> groups = [(np.array([2]), np.array([0.5])), (np.array([0, 1]), np.zeros(2))]
+    >>> scattered(groups, 3).tolist()
+    [0.0, 0.0, 0.5]
+    """
+    _, like = parts[0]
+    if isinstance(like, np.ndarray):
+        whole = np.zeros((*like.shape[:-1], count), dtype=like.dtype)
+        for rows, part in parts:
+            whole[..., rows] = part
+        return whole
+    if isinstance(like, tuple | list):
+        each = range(len(like))
+        return type(like)(
+            scattered([(rows, part[k]) for rows, part in parts], count) for k in each
+        )
+    if is_dataclass(like) and not isinstance(like, type):
+        found = {
+            f.name: scattered([(r, getattr(p, f.name)) for r, p in parts], count)
+            for f in fields(like)
+        }
+        return replace(like, **found)
+    return like

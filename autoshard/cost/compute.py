@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from autoshard.cost.active import Moves
 from autoshard.cost.collectives import Meshes, Vector
-from autoshard.cost.fusion import Kernel, kernels
+from autoshard.cost.fusion import Kernel
 from autoshard.cost.kernels import busy_share
 from autoshard.cost.moves import axes_of
 from autoshard.cost.rates import Rates
@@ -35,7 +37,12 @@ def product_dtype(program: Program, op: Op) -> str:
 
     Integers have no published peak of their own; they are priced as float32.
     """
-    dtype = jnp.result_type(*(program.values[v].dtype for v in op.inputs if v >= 0))
+    return _together(*(program.values[v].dtype for v in op.inputs if v >= 0))
+
+
+@cache
+def _together(*dtypes: Any) -> str:
+    dtype = jnp.result_type(*dtypes)
     return str(dtype) if jnp.issubdtype(dtype, jnp.inexact) else "float32"
 
 
@@ -94,26 +101,56 @@ class Compute:
     Args:
         sharded: The program.
         work: Its facts, from `analyse`.
+        moves: What it moves.
         local_bytes: See `LocalBytes`.
     """
 
     def __init__(
-        self, sharded: ShardedProgram, work: Work, local_bytes: LocalBytes
+        self,
+        sharded: ShardedProgram,
+        work: Work,
+        moves: Moves,
+        local_bytes: LocalBytes,
     ) -> None:
         self.sharded = sharded
         self.work = work
+        self.moves = moves
         self.program = sharded.traced.program
         self.local_bytes = local_bytes
-        self.kernels = kernels(sharded)
         self._products = [_product_dims(rule) for rule in sharded.classes.rules]
         names = sharded.classes.names
         self._batch = {c for c, n in names.items() if "batch" in n}
-        self._moved = [self._traffic(kernel) for kernel in self.kernels]
+        self._kernels: dict[frozenset[str], tuple[Kernel, ...]] = {}
+        self._moved: dict[int, list[_Moved]] = {}
+
+    def kernels(self, active: frozenset[str]) -> tuple[Kernel, ...]:
+        """The kernels on meshes where only these axes have several devices."""
+        active &= self.moves.axes
+        if active not in self._kernels:
+            found = self.work.fusions.kernels(self.moves.values(active))
+            self._kernels[active] = found
+        return self._kernels[active]
+
+    def _shares(self, meshes: Meshes) -> Iterator[tuple[Kernel, Vector | float]]:
+        """Every kernel that some candidate has, and how often each has it."""
+        groups = [(self.kernels(active), rows) for active, rows in meshes.by_active]
+        if len({id(kernels) for kernels, _ in groups}) == 1:
+            yield from ((kernel, 1.0) for kernel in groups[0][0])
+            return
+        found: dict[int, tuple[Kernel, Vector]] = {}
+        for kernels, rows in groups:
+            for kernel in kernels:
+                if id(kernel) not in found:
+                    found[id(kernel)] = kernel, np.zeros(len(meshes))
+                found[id(kernel)][1][rows] += 1.0
+        yield from found.values()
 
     def times(
         self, meshes: Meshes, cuts: Vector, rates: Rates, update: bool = True
     ) -> Iterator[KernelTime]:
         """Every kernel, and what all of its runs in a step take.
+
+        A candidate that does not have a kernel does not take its time.
 
         Args:
             meshes: The candidates.
@@ -125,12 +162,17 @@ class Compute:
             InputError: The chip has no peak for a dtype the program multiplies in.
         """
         work = self.work
-        for kernel, moved in zip(self.kernels, self._moved, strict=True):
+        for kernel, share in self._shares(meshes):
             if kernel.kind == "copy" and meshes.cluster.kind != "tpu":
                 continue
             if work.update[kernel.op] and not update:
                 continue
-            repeats = work.runs[kernel.op] * (1.0 if work.update[kernel.op] else cuts)
+            moved = self._moved.get(id(kernel))
+            if moved is None:
+                moved = self._moved[id(kernel)] = self._traffic(kernel)
+            repeats = share * work.runs[kernel.op]
+            if not work.update[kernel.op]:
+                repeats = repeats * cuts
             bytes_ = np.zeros(len(meshes))
             for part in moved:
                 size = self.local_bytes(part.value, part.axes, meshes, cuts)

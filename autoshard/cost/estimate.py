@@ -102,6 +102,7 @@ def estimate(
     """
     row = np.array([[sizes.get(axis, 1) for axis in AXES]], dtype=np.int64)
     meshes, cuts = Meshes(cluster, row), np.full(1, float(microbatches))
+    pricer = pricer.on(frozenset(axis for axis, n in sizes.items() if n > 1))
     counted_s = None
     if pipeline:
         (prices,) = pricer.price_stages(cluster, row, cuts, [pipeline])
@@ -173,7 +174,7 @@ def _collectives(
         part = float(share[place, 0]) if share is not None else 1.0
         for step, time, size, runs in pricer.collective(index, meshes, cuts):
             axes = tuple(a for a in step.axes if meshes.product(frozenset([a]))[0] > 1)
-            if not axes or step.kind == "slice" or not part:
+            if not axes or step.kind == "slice" or not part * runs[0]:
                 continue
             value = names.get(reshard.value)
             if value is None and op is not None:

@@ -19,16 +19,16 @@ to that layout and back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from autoshard.ir.program import BARRIER, LINK, Op
+from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.ir.train_step import UPDATE_SCOPE
-from autoshard.plan.sharded import ShardedProgram
+from autoshard.rules import FactorRule
 
 _POINTWISE = ("elementwise", "data", "move")
-_SAME = ("autoshard_annotate", "stop_gradient", "copy", BARRIER)
-"""Their results are their operands."""
+SAME = ("autoshard_annotate", "stop_gradient", "copy", BARRIER)
+"""Primitives whose results are their operands."""
 _COSTLY = frozenset(
     (
         *("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc"),
@@ -106,28 +106,46 @@ def _turns(op: Op) -> bool:
     return op.primitive == "transpose" and order[-1] != len(order) - 1
 
 
-def kernels(sharded: ShardedProgram) -> tuple[Kernel, ...]:
+def is_optional(op: Op, rule: FactorRule) -> bool:
+    """Whether the results of an op are written only if they must exist."""
+    kind = rule.op_kind
+    if op.primitive in SAME or kind in ("link", "collective", "reduce"):
+        return False
+    return kind in (*_POINTWISE, "matmul") or bool(rule.flops_per_point)
+
+
+def kernels(
+    program: Program, rules: Sequence[FactorRule], needed: Collection[int]
+) -> tuple[Kernel, ...]:
     """The kernels of a program, in the order in which they start.
+
+    Args:
+        program: The program.
+        rules: Factor rule per op.
+        needed: Values that must exist in memory.
 
     >>> import numpy as np
     >>> from autoshard.ir.trace import trace
-    >>> from autoshard.plan.sharded import Layout
-    >>> from autoshard.propagate import find_classes, propagate
+    >>> from autoshard.propagate import find_classes
     >>> traced = trace(lambda w, x: x @ w + 1, (np.ones((4, 6)), np.ones((8, 4))))
-    >>> found = kernels(propagate(traced, find_classes(traced), Layout(rules=())))
-    >>> [kernel.kind for kernel in found]
+    >>> program, rules = traced.program, find_classes(traced).rules
+    >>> [kernel.kind for kernel in kernels(program, rules, program.outputs)]
     ['product']
     """
-    fusion = _Fusion(sharded)
+    fusion = _Fusion(program, rules, needed)
     return (*fusion.run(), *fusion.copies())
 
 
 class _Fusion:
     """One walk over a program."""
 
-    def __init__(self, sharded: ShardedProgram) -> None:
-        self.program = sharded.traced.program
-        self.rules = sharded.classes.rules
+    def __init__(
+        self,
+        program: Program,
+        rules: Sequence[FactorRule],
+        needed: Collection[int],
+    ) -> None:
+        self.program, self.rules, self.needed = program, rules, needed
         self.found: list[Kernel] = []
         self.recipes: dict[int, _Recipe] = {}
         # Kernel that has a value at hand, and how to make it from what that writes.
@@ -139,27 +157,11 @@ class _Fusion:
         self.closed: set[int] = set()  # to be joined by nothing that comes later
         self.after: list[int] = []  # per kernel, the last one that it waits for
         self.same: dict[int, int] = {}
-        self.needed = self._needed(sharded)
-
-    def _needed(self, sharded: ShardedProgram) -> set[int]:
-        """Values that must exist in memory."""
-        values = self.program.values
-        found = {v for v in self.program.outputs if v >= 0}
-        found |= {reshard.value for reshard in sharded.reshards}
-        for op in reversed(self.program.ops):
-            if op.primitive in _SAME:
-                for v, result in zip(op.inputs, op.outputs, strict=True):
-                    found |= {v} if result in found else set()
-            for v in op.inputs:
-                linked = op.primitive == LINK and op.params["kind"] != "slice"
-                if v >= 0 and (linked or values[v].region != op.region):
-                    found.add(v)
-        return found
 
     def run(self) -> list[Kernel]:
         for op, rule in zip(self.program.ops, self.rules, strict=True):
             kind = rule.op_kind
-            if op.primitive in _SAME:
+            if op.primitive in SAME:
                 for v, result in zip(op.inputs, op.outputs, strict=True):
                     self.same[result] = self.same.get(v, v)
             elif kind in ("link", "collective"):

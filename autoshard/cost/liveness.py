@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
-from autoshard.cost.moves import axes_of, key_of
+from autoshard.cost.moves import axes_of, key_of, places_of
 from autoshard.cost.tiles import filled
 from autoshard.cost.work import Work
 from autoshard.ir.program import LINK
@@ -295,8 +295,9 @@ class Liveness:
                 continue
             if move.slot.startswith("in"):
                 first, last = self.uses[key_of(self.sharded, move)]
+                needs = places_of(move.source, move.target)
                 buffer = Buffer(
-                    move.value, move.target, first, last, "activations", source ^ target
+                    move.value, move.target, first, last, "activations", needs
                 )
                 found.append(buffer)
             elif move.unreduced and target - source:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autoshard.cost.work import Work
 from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import AXES
-from autoshard.ir.program import BARRIER
+from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
 
 
@@ -67,35 +67,78 @@ def steps_of(reshard: Reshard) -> list[Step]:
     return steps
 
 
-def key_of(sharded: ShardedProgram, reshard: Reshard) -> tuple[Any, ...]:
-    """What makes two moves one: value, from and to where, and in which loop body."""
-    op = sharded.traced.program.ops[reshard.op] if reshard.op != OUTPUT else None
-    region = op.region if op else 0
-    # Rematerialisation keeps what the backward pass gathers apart from the forward's.
-    again = op is not None and is_rematted(op)
-    return (*_origin(sharded, reshard), reshard.unreduced, region, again)
+def places_of(source: Dims, target: Dims) -> frozenset[str]:
+    """The axes that shard other dims in the one spec than in the other, or none."""
+    before = {(a, d) for d, dim in enumerate(source) for a in dim}
+    after = {(a, d) for d, dim in enumerate(target) for a in dim}
+    return frozenset(a for a, _ in before ^ after)
 
 
-def _origin(sharded: ShardedProgram, reshard: Reshard) -> tuple[int, Dims, Dims]:
+def key_of(
+    sharded: ShardedProgram, reshard: Reshard, seen: Callable[[Dims], Dims] = tuple
+) -> tuple[Any, ...]:
+    """What makes two moves one: value, from and to where, and in which loop body.
+
+    Args:
+        sharded: The program.
+        reshard: The move.
+        seen: What of the specs of values is looked at.
+    """
+    return (
+        *_origin(sharded, reshard, seen),
+        reshard.unreduced,
+        *_body(sharded, reshard),
+    )
+
+
+def _body(sharded: ShardedProgram, reshard: Reshard) -> tuple[int, bool]:
+    """The loop body of a move.
+
+    Rematerialisation keeps what the backward pass gathers apart from the forward's.
+    """
+    if reshard.op == OUTPUT:
+        return 0, False
+    op = sharded.traced.program.ops[reshard.op]
+    return op.region, is_rematted(op)
+
+
+def _turned(program: Program, value: int) -> Op | None:
+    """The op that makes a value by turning another one."""
+    producer = program.values[value].producer
+    op = program.ops[producer] if producer >= 0 else None
+    return op if op and op.primitive in ("rev", "transpose") else None
+
+
+def _origin(
+    sharded: ShardedProgram, reshard: Reshard, seen: Callable[[Dims], Dims]
+) -> tuple[int, Dims, Dims]:
     """What is moved, from and to where, seen through transposes and reversals.
 
     A transposed weight is the weight: it is gathered once for both.
     """
     program = sharded.traced.program
     value, source, target = reshard.value, reshard.source, reshard.target
-    while not reshard.unreduced:
-        producer = program.values[value].producer
-        op = program.ops[producer] if producer >= 0 else None
-        if op is None or op.primitive not in ("rev", "transpose"):
-            break
+    while not reshard.unreduced and (op := _turned(program, value)) is not None:
         order = op.params.get("permutation", range(len(source)))
         back = sorted(range(len(source)), key=lambda d: order[d])
         was = tuple(source[d] for d in back)
-        if sharded.specs[op.inputs[0]] != was:
+        if seen(sharded.specs[op.inputs[0]]) != was:
             break
         value, source = op.inputs[0], was
         target = tuple(target[d] for d in back)
     return value, source, target
+
+
+def roots_of(sharded: ShardedProgram, moves: Sequence[Reshard]) -> list[object]:
+    """What moves must have in common to be one on any mesh, per move."""
+    program = sharded.traced.program
+    found: list[object] = []
+    for move in moves:
+        value = move.value
+        while (op := _turned(program, value)) is not None:
+            value = op.inputs[0]
+        found.append((value, *_body(sharded, move)))
+    return found
 
 
 def unique_moves(sharded: ShardedProgram) -> Sequence[Reshard]:

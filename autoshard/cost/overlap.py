@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from autoshard.cost.constants import Constants
+
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 Figures = Vector | float
 
@@ -41,3 +43,43 @@ def trailing(transfer_s: Figures, cover_s: Figures, least: Figures) -> Vector:
     1.5
     """
     return np.maximum(np.asarray(transfer_s) - cover_s, np.asarray(least) * transfer_s)
+
+
+def exposed_s(
+    kind: str,
+    constants: Constants,
+    work: Vector,
+    ahead: Vector,
+    after: Vector,
+    between: Vector,
+) -> Vector:
+    """Seconds of a traced program's collectives that computation does not hide.
+
+    Args:
+        kind: Of the chips: "cpu", "gpu" or "tpu".
+        constants: Of the cost model.
+        work: Seconds of computation.
+        ahead: Of gathers of parameters, which XLA starts ahead of their use.
+        after: Of sums of gradients, which end beside the rest of the backward pass.
+        between: Of collectives on activations, which the next op waits for; the TPU
+            compiler runs pieces of them beside the product.
+
+    >>> one = np.ones(1)
+    >>> exposed_s("cpu", Constants.shipped(), one, one, one, one).tolist()
+    [3.0]
+    """
+    if kind == "cpu":  # its collectives block
+        return ahead + after + between
+    if kind == "tpu":
+        between = between * constants["tensor.compiler"]
+        rest = work + between
+        share = constants["gather.interference_tpu"]
+        return between + prefetched(ahead + after, rest, share)
+    rest = work + between
+    # Two thirds of the work are the backward pass.
+    cover = constants["data.hidden"] * rest * 2 / 3
+    return (
+        between
+        + prefetched(ahead, rest, constants["gather.interference"])
+        + trailing(after, cover, constants["data.exposed"])
+    )

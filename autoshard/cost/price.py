@@ -6,13 +6,14 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
-from autoshard.cost.collectives import Meshes, Vector
+from autoshard.cost.active import Moves, along
+from autoshard.cost.collectives import Meshes, Rows, Vector, scattered
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
 from autoshard.cost.liveness import Liveness
@@ -23,7 +24,7 @@ from autoshard.cost.moves import (
     steps_of,
     unique_moves,
 )
-from autoshard.cost.overlap import prefetched, trailing
+from autoshard.cost.overlap import exposed_s
 from autoshard.cost.pipeline import Pipeline, bubble_share
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
@@ -70,6 +71,9 @@ class Prices:
         return work + self.bubble_s + self.sent_s
 
 
+T = TypeVar("T")
+
+
 class Pricer:
     """Prices meshes for a program with a layout.
 
@@ -88,7 +92,9 @@ class Pricer:
         self.moves = unique_moves(sharded)
         self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
-        self.compute = Compute(sharded, work, self.local_bytes)
+        self._of_axes = Moves(sharded, self.moves)
+        self._along: dict[frozenset[str], Pricer] = {}
+        self.compute = Compute(sharded, work, self._of_axes, self.local_bytes)
         self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
         self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
 
@@ -114,14 +120,11 @@ class Pricer:
             InputError: The chip has no peak for a dtype the program multiplies in.
         """
         meshes = Meshes(cluster, sizes)
-        parts = self.parts(meshes, microbatches)
-        matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
-        shown = parts.shown.sum(axis=0)
-        hidden = parts.collective.sum(axis=0) - shown
-        peak = np.full(len(meshes), np.nan)
-        at = np.flatnonzero(matmul + other + shown <= limit_s)
-        peak[at], _ = self.liveness.memory(Meshes(cluster, sizes[at]), microbatches[at])
-        return Prices(matmul, other, shown, peak, hidden)
+
+        def one(pricer: Pricer, part: Meshes, cuts: Vector) -> Prices:
+            return pricer._price(part, cuts, limit_s)
+
+        return self._apart(meshes, microbatches, one)
 
     def price_stages(
         self,
@@ -145,6 +148,64 @@ class Pricer:
             of a candidate that cannot be cut so mean nothing.
         """
         meshes = Meshes(cluster, sizes)
+
+        def each(pricer: Pricer, part: Meshes, cuts: Vector) -> list[Prices]:
+            return pricer._price_stages(part, cuts, pipelines, limit_s)
+
+        return self._apart(meshes, microbatches, each)
+
+    def on(self, active: frozenset[str]) -> Pricer:
+        """What prices meshes where only these axes have several devices.
+
+        That is this one, unless the moves that are left there are others.
+        """
+        active &= self._of_axes.axes
+        if active not in self._along:
+            same = active == self._of_axes.axes or not self._of_axes.differ(active)
+            self._along[active] = (
+                self
+                if same
+                else Pricer(along(self.sharded, active), self.work, self.constants)
+            )
+        return self._along[active]
+
+    def _apart(
+        self,
+        meshes: Meshes,
+        cuts: Vector,
+        price: Callable[[Pricer, Meshes, Vector], T],
+    ) -> T:
+        """Prices candidates with what prices them, and puts all prices together."""
+        by: dict[int, tuple[Pricer, list[Rows]]] = {}
+        for active, rows in meshes.by_active:
+            pricer = self.on(active)
+            by.setdefault(id(pricer), (pricer, []))[1].append(rows)
+        if len(by) <= 1:
+            (pricer, _), *_ = [*by.values(), (self, [])]
+            return price(pricer, meshes, cuts)
+        parts = []
+        for pricer, of_pricer in by.values():
+            rows = np.concatenate(of_pricer)
+            parts.append((rows, price(pricer, meshes.take(rows), cuts[rows])))
+        return scattered(parts, len(meshes))
+
+    def _price(self, meshes: Meshes, microbatches: Vector, limit_s: float) -> Prices:
+        parts = self.parts(meshes, microbatches)
+        matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
+        shown = parts.shown.sum(axis=0)
+        hidden = parts.collective.sum(axis=0) - shown
+        peak = np.full(len(meshes), np.nan)
+        at = np.flatnonzero(matmul + other + shown <= limit_s)
+        peak[at], _ = self.liveness.memory(meshes.take(at), microbatches[at])
+        return Prices(matmul, other, shown, peak, hidden)
+
+    def _price_stages(
+        self,
+        meshes: Meshes,
+        microbatches: Vector,
+        pipelines: Sequence[Pipeline],
+        limit_s: float,
+    ) -> list[Prices]:
         parts = self.parts(meshes, microbatches)
         segments, counts = self.work.segments, meshes.product(STAGE)
         blocks = segments.blocks
@@ -197,7 +258,7 @@ class Pricer:
                 shares.append(stage.share[:, at])
                 later.append(waiting(how, stage, counts, cuts)[at])
         rows = np.concatenate([at for _, at in places])
-        stages = Meshes(meshes.cluster, meshes.sizes[rows])
+        stages = meshes.take(rows)
         peaks, _ = self.liveness.memory(
             stages, cuts[rows], np.concatenate(shares, axis=1), np.concatenate(later)
         )
@@ -231,7 +292,7 @@ class Pricer:
         collective = ahead + after + between
         work = (matmul + other).sum(axis=0)
         sums = (kind.sum(axis=0) for kind in (ahead, after, between))
-        exposed = self._exposed(cluster, work, *sums)
+        exposed = exposed_s(cluster.kind, self.constants, work, *sums)
         whole = np.maximum(collective.sum(axis=0), np.finfo(float).tiny)
         return Parts(matmul, other, update, collective, collective / whole * exposed)
 
@@ -256,7 +317,16 @@ class Pricer:
             microbatches: As in `price`.
             pipelines: How stages may take turns, where there are several.
         """
-        meshes = Meshes(cluster, sizes)
+
+        def floor(pricer: Pricer, part: Meshes, cuts: Vector) -> Vector:
+            return pricer._floor_s(part, cuts, pipelines)
+
+        return self._apart(Meshes(cluster, sizes), microbatches, floor)
+
+    def _floor_s(
+        self, meshes: Meshes, microbatches: Vector, pipelines: Sequence[Pipeline]
+    ) -> Vector:
+        cluster = meshes.cluster
         rates = Rates.of(cluster, self.constants)
         found, between = np.zeros(len(meshes)), np.zeros(len(meshes))
         for time in self.compute.times(meshes, microbatches, rates, update=False):
@@ -269,7 +339,9 @@ class Pricer:
                 for _, time, _, _ in self.collective(index, meshes, microbatches):
                     between += time
         none = np.zeros(len(meshes))
-        whole = found + self._exposed(cluster, none, none, none, between)
+        whole = found + exposed_s(
+            cluster.kind, self.constants, none, none, none, between
+        )
         stages, zero_bubble = (
             meshes.product(STAGE),
             self.constants["pipeline.zero_bubble"],
@@ -281,51 +353,18 @@ class Pricer:
         least = np.minimum.reduce(waits) if waits else none
         return whole / stages * (1 + least * (stages - 1) / microbatches)
 
-    def _exposed(
-        self,
-        cluster: Cluster,
-        work: Vector,
-        ahead: Vector,
-        after: Vector,
-        between: Vector,
-    ) -> Vector:
-        """Seconds of collectives that computation does not hide.
-
-        Args:
-            cluster: Where.
-            work: Seconds of computation.
-            ahead: Of gathers of parameters, which XLA starts ahead of their use.
-            after: Of sums of gradients, which end beside the rest of the backward pass.
-            between: Of collectives on activations, which the next op waits for; the
-                TPU compiler runs pieces of them beside the product.
-        """
-        c = self.constants
-        if cluster.kind == "cpu":  # its collectives block
-            return ahead + after + between
-        if cluster.kind == "tpu":
-            between = between * c["tensor.compiler"]
-            rest = work + between
-            return between + prefetched(
-                ahead + after, rest, c["gather.interference_tpu"]
-            )
-        rest = work + between
-        # Two thirds of the work are the backward pass.
-        cover = c["data.hidden"] * rest * 2 / 3
-        return (
-            between
-            + prefetched(ahead, rest, c["gather.interference"])
-            + trailing(after, cover, c["data.exposed"])
-        )
-
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
     ) -> Vector:
         """Bytes of a value on one device, in one microbatch, padding included."""
         whole = self.program.values[value].bytes_ / meshes.product(axes)
         for size, dim in self._padded.get(value, ()):
-            if axes.issuperset(dim):
+            rest = frozenset(dim) - axes
+            if len(rest) < len(dim):
                 ways = meshes.product(frozenset(dim))
-                whole = whole * (np.ceil(size / ways) * ways / size)
+                larger = np.ceil(size / ways) * ways / size
+                # Of the whole dim, but for axes of one device.
+                whole = whole * np.where(meshes.product(rest) > 1, 1.0, larger)
         return whole / cuts if self.work.batched[value] else whole
 
     def _find_padded(self) -> dict[int, list[tuple[int, tuple[str, ...]]]]:
@@ -390,7 +429,14 @@ class Pricer:
             if not self.work.update[op.index]:
                 runs = runs * cuts
         found = []
-        for step in steps_of(reshard):
+        steps = [(step, runs) for step in steps_of(reshard)]
+        rest = frozenset(reshard.unreduced) - axes_of(reshard.target)
+        if reshard.at_once and rest:  # and there are several devices to sum over
+            summed = runs * (meshes.product(rest) > 1)
+            apart = steps_of(replace(reshard, at_once=False))
+            steps = [(step, summed) for step, _ in steps]
+            steps += [(step, runs - summed) for step in apart]
+        for step, runs in steps:
             size = self.local_bytes(reshard.value, step.large, meshes, cuts)
             axes = frozenset(step.axes)
             time = runs * meshes.time_s(step.kind, axes, size)

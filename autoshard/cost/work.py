@@ -13,6 +13,7 @@ from math import prod
 
 from autoshard.cost.schedule import lifetimes, positions
 from autoshard.cost.segments import UNCUT, Segments, segments
+from autoshard.cost.written import Fusions
 from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
 from autoshard.ir.train_step import UPDATE_SCOPE
@@ -40,6 +41,7 @@ class Work:
         death: Per value, the last position at which it is needed.
         over: Values that are written over the result of a product.
         gradients: Values that hold gradients.
+        fusions: The kernels that its ops become.
         segments: Where its blocks are, between which stages can be cut.
     """
 
@@ -54,6 +56,7 @@ class Work:
     death: tuple[int, ...]
     over: frozenset[int]
     gradients: frozenset[int]
+    fusions: Fusions
     segments: Segments = UNCUT
 
 
@@ -83,6 +86,7 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
         death=death,
         over=over,
         gradients=_gradients(program, classes),
+        fusions=Fusions(program, rules),
     )
     return replace(work, segments=segments(traced, classes, work))
 

@@ -6,7 +6,7 @@ is propagated once; all its candidates are priced together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from autoshard.cost import Pricer
 from autoshard.cost.collectives import Meshes
+from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
@@ -199,10 +200,12 @@ class Space:
         cuts: np.ndarray,
     ) -> Iterator[Candidates]:
         required = strategy.schedule.remat != "auto"
-        batch = self.batch()
+        batch, hows = self.batch(), space.pipelines(strategy)
         earlier: list[Strategy] = []
         family: Any = None
         floor_s = np.zeros(len(grid))
+        known = np.full(len(grid), not bounded)
+        first: Pricer | None = None
         for structure in space.structures(strategy, keep):
             watch.visited += 1
             sketch = self.sketch(structure.schedule.remat, required=required)
@@ -212,7 +215,14 @@ class Space:
             earlier.append(structure)
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
-                floor_s = self._floor_s(structure, sketch, cluster, grid, cuts, batch)
+                first = self._pricer(structure, sketch)
+                known[:] = False
+            ask = new & ~known
+            if first is not None and ask.any():
+                known |= ask
+                floor_s[ask] = _floor_s(
+                    first, cluster, grid[ask], cuts[ask], batch, hows
+                )
             here = new & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
             watch.indivisible += int((new & np.isnan(floor_s)).sum())
@@ -228,7 +238,6 @@ class Space:
                 small = held <= watch.bytes_
                 watch.too_large += int((~small).sum())
                 sizes, pieces = sizes[small], pieces[small]
-            hows = space.pipelines(structure)
             limit_s = watch.step_s if bounded else float("inf")
             found, left = price(
                 pricer, structure, cluster, sizes, pieces, hows, limit_s
@@ -236,30 +245,6 @@ class Space:
             watch.indivisible += left.uncut
             watch.pruned += left.slower
             yield found
-
-    def _floor_s(
-        self,
-        structure: Strategy,
-        sketch: Sketch,
-        cluster: Cluster,
-        grid: np.ndarray,
-        cuts: np.ndarray,
-        batch: int,
-    ) -> np.ndarray:
-        """Bounds of all structures with these rules and remat, float64[candidate].
-
-        NaN where the batch does not divide, whatever the storage.
-        """
-        pricer = self._pricer(structure, sketch)
-        floor_s = np.full(len(grid), np.nan)
-        fits = batch_divides(pricer, grid, cuts, batch)
-        floor_s[fits] = pricer.floor_s(
-            cluster,
-            grid[fits],
-            cuts[fits].astype(float),
-            space.pipelines(structure),
-        )
-        return floor_s
 
     def _pricer(self, structure: Strategy, sketch: Sketch) -> Pricer:
         layout = Layout.of(structure)
@@ -295,6 +280,26 @@ def _staged_as_can_be(
     several = rows[:, STAGE] > 1
     # A schedule that is fixed is not followed where there is one stage.
     return rows[several] if wished and several.any() else rows
+
+
+def _floor_s(
+    pricer: Pricer,
+    cluster: Cluster,
+    grid: np.ndarray,
+    cuts: np.ndarray,
+    batch: int,
+    pipelines: Sequence[Pipeline],
+) -> np.ndarray:
+    """Bounds of all structures with these rules and remat, float64[candidate].
+
+    NaN where the batch does not divide, whatever the storage.
+    """
+    floor_s = np.full(len(grid), np.nan)
+    fits = batch_divides(pricer, grid, cuts, batch)
+    floor_s[fits] = pricer.floor_s(
+        cluster, grid[fits], cuts[fits].astype(float), pipelines
+    )
+    return floor_s
 
 
 def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -89,6 +91,29 @@ def test_with_the_residual_sharded_the_sum_is_split_in_two():
         ("reduce_scatter", "tensor", f"{SECOND} out0"),
     ]
     assert specs(sharded)["batch"] == (DATA, TENSOR, ())
+
+
+@pytest.mark.parametrize(
+    ("fn", "args"),
+    [
+        (mlp, [MLP_WEIGHTS, ACTIVATIONS]),
+        (attention, [ATTENTION_WEIGHTS, ACTIVATIONS]),
+        (stacked_step(), [ACTIVATIONS]),
+    ],
+    ids=["mlp", "attention", "training"],
+)
+def test_over_context_devices_too_the_residual_is_sharded_further(fn, args):
+    """What tensor parallelism moves does not hang on where else the sequence lies."""
+    by_context = shard(fn, args, {**SP, "seq": ("context",)})
+    assert specs(by_context)["batch"] == (DATA, ("context", "tensor"), ())
+
+    def over_tensor(sharded):
+        found = Counter()
+        for kind, axes, _ in collectives(sharded):
+            found[kind] += "tensor" in axes
+        return +found
+
+    assert over_tensor(by_context) == over_tensor(shard(fn, args, SP))
 
 
 def test_the_residual_rule_is_not_for_parameters():
