@@ -41,16 +41,29 @@ ONE_SIDED = of_mesh(
     storage={"params": (), "gradients": (), "optimizer": ()},
     microbatches=1,
 )  # fmt: skip
+# The batch is spread over `data` alone, and parameters over an axis that then has more
+# than one device: activations do not fit, whatever the sizes.
+SPREAD = of_mesh(
+    "data", "fsdp",
+    rules={"batch": ("data",)},
+    storage={"params": ("fsdp",), "gradients": ("fsdp",), "optimizer": ("fsdp",)},
+    microbatches=1,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("held", "limit"),
-    [(HELD, 120_000), (HELD, 90_000), (HELD, 70_000), (ONE_SIDED, 120_000)],
+    [
+        *((HELD, limit) for limit in (120_000, 90_000, 70_000)),
+        (ONE_SIDED, 120_000),
+        *((SPREAD, limit) for limit in (600_000, 440_000, 250_000)),
+    ],
 )
 def test_the_smallest_set_in_conflict_and_the_nearest_changes(held, limit):
     chips = small_memory(cluster("cpu:4"), limit)
     fixed = fixed_fields(held)
-    solver = Solver(STEP, (BATCH,), chips, held)
+    batch = floats(1024, 32) if held is SPREAD else BATCH
+    solver = Solver(STEP, (batch,), chips, held)
     opening = {
         keys: fastest_s(solver, keys)
         for size in range(len(fixed) + 1)
