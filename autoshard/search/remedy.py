@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from autoshard.cost.price import MEMORY_HEADROOM
-from autoshard.ir.errors import AutoshardError
+from autoshard.ir.errors import AutoshardError, InfeasibleError
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.files import load_strategy
 from autoshard.plan.strategy import Strategy
@@ -20,6 +21,7 @@ from autoshard.search.pinning import fixed_fields, opened
 from autoshard.search.priced import Candidates
 
 _MAX_GROWTH = 4096
+_STORED = "storage.params"
 
 
 def _gib(bytes_: float) -> str:
@@ -160,13 +162,28 @@ def conflicts(
     fixed = fixed_fields(strategy)
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM
     fastest: dict[frozenset[str], float] = {}
+
+    @cache
+    def meshes(keys: frozenset[str]) -> set[tuple[int, ...]]:
+        """Of the strategy with some fields made holes."""
+        try:
+            rows = space.meshes(opened(strategy, keys), cluster)
+        except InfeasibleError:  # none that the program's own shard_maps allow
+            return set()
+        return {tuple(row) for row in rows.tolist()}
+
     for group in space.priced(opened(strategy, fixed), cluster, keep=strategy):
         fits = group.peak_bytes <= capacity
         if not fits.any():
             continue
         broken = {key: ~group.meets(key, value)[fits] for key, value in fixed.items()}
+        sizes = group.sizes[fits]
         for k, step_s in enumerate(group.step_s[fits].tolist()):
             keys = frozenset(key for key, mask in broken.items() if mask[k])
+            # What is to be stored over some axes is not where these have one device,
+            # unless all meshes are like that.
+            if _STORED in fixed and tuple(sizes[k].tolist()) not in meshes(keys):
+                keys |= {_STORED}
             if keys:  # else it was tried, and with its microbatches traced it is larger
                 fastest[keys] = min(fastest.get(keys, step_s), step_s)
     if not fastest:

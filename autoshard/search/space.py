@@ -84,7 +84,10 @@ def _storage_domain(
 
 
 def _sensible(
-    asked: tuple[Rule, ...], chosen: tuple[Rule, ...], mesh: dict[str, object]
+    asked: tuple[Rule, ...],
+    chosen: tuple[Rule, ...],
+    mesh: dict[str, object],
+    kept: dict[str, object],
 ) -> bool:
     """Whether the holes are filled with something that no other filling is better than.
 
@@ -93,7 +96,12 @@ def _sensible(
     all, then the axis is not used; one without the other has to be wished for.
     """
     axes = {rule.logical: rule.axes for rule in chosen}
-    holes = {rule.logical for rule in asked if rule.axes == "auto"}
+    # A rule that is as it is to be kept counts as fixed.
+    holes = {
+        rule.logical
+        for rule in asked
+        if rule.axes == "auto" and axes[rule.logical] != kept.get(rule.logical)
+    }
     if {"heads", "kv_heads"} <= holes and axes["kv_heads"] and not axes["heads"]:
         return False
     if {"heads", "mlp"} <= holes and _TENSOR in _rule_domain("mlp", mesh):
@@ -139,8 +147,7 @@ def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Str
             Rule(logical=rule.logical, axes=chosen)
             for rule, chosen in zip(strategy.rules, axes, strict=True)
         )
-        wished = keep is not None and rules == keep.rules
-        if not wished and not _sensible(strategy.rules, rules, dict(strategy.mesh)):
+        if not _sensible(strategy.rules, rules, dict(strategy.mesh), dict(kept)):
             continue
         yield strategy.model_copy(
             update={

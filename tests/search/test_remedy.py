@@ -32,18 +32,45 @@ def fastest_s(solver, keys):
     return ranked[0][0] if ranked else None
 
 
-@pytest.mark.parametrize("limit", [120_000, 90_000, 70_000])
-def test_the_smallest_set_in_conflict_and_the_nearest_changes(limit):
+# In this program, heads find nothing to shard. To shard the MLP is enough, and is no
+# reason to speak of the heads.
+ONE_SIDED = of_mesh(
+    "tensor",
+    sizes={"tensor": 4},
+    rules={"heads": (), "mlp": ()},
+    storage={"params": (), "gradients": (), "optimizer": ()},
+    microbatches=1,
+)  # fmt: skip
+# The batch is spread over `data` alone, and parameters over an axis that then has more
+# than one device: activations do not fit, whatever the sizes.
+SPREAD = of_mesh(
+    "data", "fsdp",
+    rules={"batch": ("data",)},
+    storage={"params": ("fsdp",), "gradients": ("fsdp",), "optimizer": ("fsdp",)},
+    microbatches=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("held", "limit"),
+    [
+        *((HELD, limit) for limit in (120_000, 90_000, 70_000)),
+        (ONE_SIDED, 120_000),
+        *((SPREAD, limit) for limit in (600_000, 440_000, 250_000)),
+    ],
+)
+def test_the_smallest_set_in_conflict_and_the_nearest_changes(held, limit):
     chips = small_memory(cluster("cpu:4"), limit)
-    fixed = fixed_fields(HELD)
-    solver = Solver(STEP, (BATCH,), chips, HELD)
+    fixed = fixed_fields(held)
+    batch = floats(1024, 32) if held is SPREAD else BATCH
+    solver = Solver(STEP, (batch,), chips, held)
     opening = {
         keys: fastest_s(solver, keys)
         for size in range(len(fixed) + 1)
         for keys in itertools.combinations(fixed, size)
     }
     assert opening[()] is None
-    texts, changes = conflicts(solver.space, chips, HELD)
+    texts, changes = conflicts(solver.space, chips, held)
     named = [text.split(" = ")[0] for text in texts]
     # In conflict: to open all the other fields does not help, and no smaller set does
     # that.
