@@ -275,11 +275,37 @@ def _staged_as_can_be(
             f"stages than the program has blocks to cut between, {most}{why}. Take as "
             "many stages as there are blocks or fewer, or leave stage = 'auto'."
         )
-    rows = rows[stages <= most]
+    rows = _for_blocks(rows[stages <= most], strategy, segments)
     wished = strategy.schedule.pipeline not in ("auto", "none")
     several = rows[:, STAGE] > 1
     # A schedule that is fixed is not followed where there is one stage.
     return rows[several] if wished and several.any() else rows
+
+
+def _for_blocks(rows: np.ndarray, strategy: Strategy, segments: Segments) -> np.ndarray:
+    """Meshes with as many stages as the blocks that are fixed are for.
+
+    Raises:
+        InputError: There are not as many blocks in the program.
+        InfeasibleError: No mesh has as many stages.
+    """
+    blocks = strategy.schedule.blocks
+    if not blocks:
+        return rows
+    said = f"blocks = {list(blocks)}{strategy.where('blocks')}"
+    if sum(blocks) != segments.blocks:
+        raise InputError(
+            f"{said} cuts {sum(blocks)} blocks into stages, and the program has "
+            f"{segments.blocks}; give every stage its blocks, in order."
+        )
+    parts = {how.virtual for how in space.pipelines(strategy)}
+    fits = np.isin(rows[:, STAGE], [len(blocks) / part for part in parts])
+    if not fits.any():
+        raise InfeasibleError(
+            f"{said} is for {len(blocks)} parts of stages, and no mesh has as many: "
+            f"stage = {strategy.mesh['stage']}, virtual = {strategy.schedule.virtual}."
+        )
+    return rows[fits]
 
 
 def _floor_s(
