@@ -18,6 +18,7 @@ from jax.extend import core
 
 from autoshard.ir import _jaxcompat
 from autoshard.ir.errors import InputError
+from autoshard.ir.remat import check_names, policy
 
 _jaxcompat.hide_from_source_lines(__file__)
 
@@ -178,17 +179,21 @@ def _crossing_bytes(opened: Any) -> list[int]:
     return np.cumsum(delta)[:-1].tolist()
 
 
-def checkpoint_blocks(fn: Callable[..., Any]) -> Callable[..., Any]:
+def checkpoint_blocks(
+    fn: Callable[..., Any], remat: str = "full"
+) -> Callable[..., Any]:
     """Wraps `fn` so that each of its blocks is rematerialised in the backward pass.
 
     Args:
         fn: A function of pytrees of arrays.
+        remat: What is recomputed, as in `autoshard.ir.remat.policy`.
 
     Returns:
-        The same function; differentiated, it keeps only what crosses block borders.
+        The same function; differentiated, it keeps only what crosses block borders, and
+        what `remat` says.
 
     Raises:
-        InputError: No block repeats in `fn`.
+        InputError: No block repeats in `fn`, or it has no value of a name.
 
     >>> import jax.numpy as jnp
     >>> def fn(w, x):
@@ -206,14 +211,14 @@ def checkpoint_blocks(fn: Callable[..., Any]) -> Callable[..., Any]:
         jaxpr, out = jax.make_jaxpr(
             lambda *xs: fn(*jax.tree.unflatten(tree, xs)), return_shape=True
         )(*(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes))
-        return jax.tree.unflatten(
-            jax.tree.structure(out), _run_checkpointed(jaxpr, flat)
-        )
+        check_names(remat, jaxpr)
+        results = _run_checkpointed(jaxpr, flat, remat)
+        return jax.tree.unflatten(jax.tree.structure(out), results)
 
     return wrapped
 
 
-def _run_checkpointed(jaxpr: Any, args: list[Any]) -> list[Any]:
+def _run_checkpointed(jaxpr: Any, args: list[Any], remat: str) -> list[Any]:
     opened, consts = _jaxcompat.open_jaxpr(jaxpr)
     scans = [e for e in opened.eqns if e.primitive.name == "scan"]
     repeat = None
@@ -228,14 +233,15 @@ def _run_checkpointed(jaxpr: Any, args: list[Any]) -> list[Any]:
         )
         if repeat is None:
             raise InputError(
-                "remat = 'full' rematerialises the repeated blocks of a model, but no "
-                "block repeats in this loss function; use remat = 'none'."
+                f"remat = {remat!r} rematerialises the repeated blocks of a model, but "
+                "no block repeats in this loss function; use remat = 'none'."
             )
     env: dict[Any, Any] = dict(zip(opened.invars, args, strict=True))
     env.update(zip(opened.constvars, consts, strict=True))
     eqns = list(opened.eqns)
     last = _last_uses(opened)
     known: dict[Any, Callable[..., Any]] = {}
+    checkpoint = partial(jax.checkpoint, policy=policy(remat))
     at = 0
     while at < len(eqns):
         block = repeat and repeat.start <= at < repeat.start + repeat.period * (
@@ -245,14 +251,18 @@ def _run_checkpointed(jaxpr: Any, args: list[Any]) -> list[Any]:
             assert repeat is not None
             end = at + repeat.period
             _run_block(
-                eqns[at:end], lambda v, end=end: last.get(v, -1) >= end, env, known
+                eqns[at:end],
+                lambda v, end=end: last.get(v, -1) >= end,
+                env,
+                known,
+                checkpoint,
             )
             at += repeat.period
             continue
         eqn = eqns[at]
         values = [a.val if _jaxcompat.is_literal(a) else env[a] for a in eqn.invars]
         if eqn.primitive.name == "scan" and eqn.params["length"] > 1:
-            results = _run_scan(eqn, values)
+            results = _run_scan(eqn, values, checkpoint)
         else:
             results = _jaxcompat.eval_equation(eqn, values)
         env.update(zip(eqn.outvars, results, strict=True))
@@ -277,6 +287,7 @@ def _run_block(
     is_used_later: Callable[[Any], bool],
     env: dict[Any, Any],
     known: dict[Any, Callable[..., Any]],
+    checkpoint: Callable[..., Any],
 ) -> None:
     """Runs one copy; copies that are equal in all are traced and differentiated once.
 
@@ -285,6 +296,7 @@ def _run_block(
         is_used_later: Whether a result of one of them is read by what follows.
         env: The value of each variable so far; those of the copy are added.
         known: What runs a copy, by all that matters of it; added to.
+        checkpoint: `jax.checkpoint` with what it saves.
     """
     made = {var for eqn in inside for var in eqn.outvars}
     read = [
@@ -308,9 +320,7 @@ def _run_block(
 
     # What runs a copy is only made anew where it does something else: JAX keeps what it
     # makes of a function, and that is most of the time that differentiating takes.
-    checkpointed = known.setdefault(
-        _identity(inside, inputs, outputs), jax.checkpoint(run)
-    )
+    checkpointed = known.setdefault(_identity(inside, inputs, outputs), checkpoint(run))
     results = checkpointed([env[var] for var in inputs])
     env.update(zip(outputs, results, strict=True))
 
@@ -354,7 +364,7 @@ def _identity(inside: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
     return ops, types, tuple(number[var] for var in outputs)
 
 
-def _run_scan(eqn: Any, values: list[Any]) -> list[Any]:
+def _run_scan(eqn: Any, values: list[Any], checkpoint: Callable[..., Any]) -> list[Any]:
     params = eqn.params
     n_consts, n_carry = _jaxcompat.scan_counts(params)
     consts = values[:n_consts]
@@ -365,7 +375,7 @@ def _run_scan(eqn: Any, values: list[Any]) -> list[Any]:
         return results[:n_carry], results[n_carry:]
 
     carry, stacked = jax.lax.scan(
-        jax.checkpoint(body, prevent_cse=False),
+        checkpoint(body, prevent_cse=False),
         list(values[n_consts : n_consts + n_carry]),
         list(values[n_consts + n_carry :]),
         length=params["length"],

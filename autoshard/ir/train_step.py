@@ -67,7 +67,8 @@ class TrainStep:
         optimizer: Any optax gradient transformation.
         model: Builds the model: `(nnx.Rngs) -> nnx.Module` or `(key) -> params`.
         microbatches: The batch is cut into this many pieces, gradients accumulated.
-        remat: `"none"`, or `"full"` to rematerialise each block.
+        remat: `"none"`, or what of each block is rematerialised: `"full"`, `"dots"`
+            or `"save:NAME+NAME"`; see `autoshard.ir.remat.policy`.
     """
 
     loss_fn: Callable[..., Any]
@@ -193,8 +194,8 @@ class TrainStep:
     def loss_and_gradients(self, state: TrainState, batch: Any) -> tuple[Any, Any, Any]:
         """Loss, gradients and other variables of one batch, microbatches included."""
         loss_fn = self._loss
-        if self.remat == "full":
-            loss_fn = checkpoint_blocks(loss_fn)
+        if self.remat != "none":
+            loss_fn = checkpoint_blocks(loss_fn, self.remat)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
         def one(params: Any, rest: Any, batch: Any) -> tuple[Any, Any, Any]:

@@ -13,11 +13,11 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from autoshard.ir.errors import NameUnknownError
 from autoshard.ir.mesh import check_axis
+from autoshard.ir.remat import check_remat
 from autoshard.plan.base import Record
 
 Auto = Literal["auto"]
 Axes = tuple[str, ...]
-Remat = Literal["none", "full"]
 PipelineSchedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"]
 Vocab = Literal["ends", "spread"]
 STATES = ("params", "gradients", "optimizer")
@@ -60,7 +60,10 @@ class Schedule(Record):
             `"ends"`, or `"spread"` over all stages.
         blocks: Blocks of every part of every stage, in the order in which data passes
             them; empty for a cut that is as balanced as can be.
-        remat: `"full"` recomputes each block in the backward pass.
+        remat: What of each block the backward pass recomputes: `"none"`, `"full"`,
+            `"dots"` for all but the results of products with weights, or
+            `"save:NAME+NAME"` for all but the values of these names
+            (`jax.ad_checkpoint.checkpoint_name`).
     """
 
     microbatches: Annotated[int, Field(ge=1)] | Auto = 1
@@ -68,7 +71,12 @@ class Schedule(Record):
     virtual: Annotated[int, Field(ge=1)] | Auto = 1
     vocab: Vocab | Auto = "ends"
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    remat: Remat | Auto = "none"
+    remat: str = "none"
+
+    @field_validator("remat")
+    @classmethod
+    def _remat_is_known(cls, text: str) -> str:
+        return text if text == "auto" else check_remat(text)
 
     @model_validator(mode="after")
     def _parts_suit_the_schedule(self) -> Schedule:

@@ -79,7 +79,7 @@ class Space:
             elif remat != "none":
                 if required:
                     raise InputError(
-                        "the strategy fixes remat = 'full', but a plain function "
+                        f"the strategy fixes remat = {remat!r}, but a plain function "
                         "cannot be rematerialised: build it with "
                         "autoshard.train_step(loss_fn, optimizer, model=...)."
                     )
@@ -89,7 +89,8 @@ class Space:
             except InputError:
                 if required or remat == "none":
                     raise
-                self.log("remat 'full' left out: no block repeats in the loss function")
+                why = "no block repeats in the loss function"
+                self.log(f"remat {remat!r} left out: {why}")
                 self._sketches[remat] = None
         return self._sketches[remat]
 

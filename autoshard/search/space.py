@@ -110,6 +110,10 @@ def _sensible(
     return True
 
 
+REMATS = ("none", "dots", "full")
+"""What may be rematerialised, less of it first."""
+
+
 def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Strategy]:
     """Strategies in which only mesh sizes and microbatches are still holes.
 
@@ -128,11 +132,7 @@ def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Str
         if isinstance(also, tuple) and also not in domain:
             domain.append(also)
         domains.append(domain)
-    remats = (
-        ("none", "full")
-        if strategy.schedule.remat == "auto"
-        else (strategy.schedule.remat,)
-    )
+    remats = REMATS if strategy.schedule.remat == "auto" else (strategy.schedule.remat,)
     stored = _storage_domain(
         strategy.storage, dict(strategy.mesh), keep.storage if keep else None
     )

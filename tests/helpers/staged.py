@@ -77,7 +77,7 @@ def instance(seed: int) -> Instance:
     schedule = {
         "pipeline": str(rng.choice(["auto", "auto", "1f1b", "gpipe", "zb-h1"])),
         "vocab": str(rng.choice(["auto", "ends", "spread"])),
-        "remat": str(rng.choice(["auto", "none", "full"])),
+        "remat": str(rng.choice(["auto", "none", "dots", "full"])),
         "microbatches": "auto",
     }
     schedule["virtual"] = "auto" if schedule["pipeline"] == "auto" else 1

@@ -14,6 +14,8 @@ TOLERANCE = 1e-5
 CASES = [
     ("llama3-tiny", True, "dp", 2, "full", {}),
     ("gpt2-tiny", False, "zero1", 1, "none", {}),
+    ("llama3-tiny", True, "fsdp", 2, "dots", {"data": 2, "fsdp": 4}),
+    ("gpt2-tiny", False, "megatron-sp", 1, "dots", {"data": 2, "tensor": 4}),
     ("llama3-tiny", False, "zero2", 2, "full", {}),
     ("gpt2-tiny", True, "fsdp", 2, "full", {"data": 2, "fsdp": 4}),
     ("gpt2-tiny", False, "megatron-tp", 2, "full", {"data": 2, "tensor": 4}),

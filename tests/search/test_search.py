@@ -35,7 +35,9 @@ def all_priced():
     chips = cluster("cpu:4")
     plain = Sketch.of(step, (batch,), strategy)
     found, seen = [], set()
-    for filled in written_out(strategy, chips, batch.shape[0], ("none", "full")):
+    for filled in written_out(
+        strategy, chips, batch.shape[0], ("none", "dots", "full")
+    ):
         # Only the residual rule and those of the MLP find anything in this program.
         rules = [r for r in filled.rules if r.logical in ("mlp", "seq.residual")]
         key = active(filled.model_copy(update={"rules": tuple(rules)}))

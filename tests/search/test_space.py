@@ -44,7 +44,8 @@ def drawn(seed):
         rules=tuple(Rule(logical=n, axes=value(over, holes)) for n in some(RULES, 0.6)),
         storage=Storage(**{s: value(spread, holes) for s in STATES}),
         schedule=Schedule(
-            microbatches=value([1, 2, 4], holes), remat=value(["none", "full"], holes)
+            microbatches=value([1, 2, 4], holes),
+            remat=value(["none", "dots", "full"], holes),
         ),
     )
 
@@ -111,7 +112,7 @@ def every(strategy):
         for chosen in itertools.combinations(names, n)
     }
     anything = {(), ("data", "fsdp"), *((a,) for a in mesh)}
-    remats = ("none", "full")
+    remats = ("none", "dots", "full")
     if strategy.schedule.remat != "auto":
         remats = (strategy.schedule.remat,)
     by_rule = []
