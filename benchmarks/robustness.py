@@ -6,18 +6,19 @@ each constant of the cost model (autoshard/cost/constants.toml) is made 5 % larg
 bandwidth, and every figure of its links. The candidate that is the best under the wrong
 figure is priced with the right one, against the best under the right one. Which
 candidates fit in memory depends on none of these. A change that changes the time of no
-candidate of a case does not count in it.
+candidate of a case does not count in it. The same is done with 25 %, which has no bar.
 
-Bar: the mean excess is 3 % or less, of the constants and of the facts of chips.
+Bar: at 5 %, the mean excess is 3 % or less, of the constants and of the facts of chips.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ import _record
 import numpy as np
 
 BAR = 0.03
-BY = 0.05
+BY, FAR = 0.05, 0.25
 CASES = (
     ("gpt2-124m", "h100:8", 64, 1024),
     ("gpt2-1.5b", "v5e:4x4", 64, 1024),
@@ -45,13 +46,16 @@ class Found:
     Attributes:
         candidates: That fit.
         best_s: Seconds a step of the best.
-        excess: By what was changed, `constants.NAME +` or `chip.NAME -`: seconds a step
-            of what was then chosen, over those of the best, less one.
+        second: Seconds a step of the next one, over those of the best, less one.
+        excess: By the size of the change, and by what was changed (`constants.NAME +`,
+            `chip.NAME -`): seconds a step of what was then chosen, over those of the
+            best, less one.
     """
 
     candidates: int
     best_s: float
-    excess: dict[str, float]
+    second: float
+    excess: dict[float, dict[str, float]]
 
 
 def main() -> int:
@@ -63,32 +67,30 @@ def main() -> int:
         name = f"{model} {cluster}"
         found[name] = measure(model, cluster, batch, seq)
         print(f"{name}: {found[name].candidates} candidates", file=sys.stderr)
-    kinds = {
-        kind: [
-            excess
-            for case in found.values()
-            for name, excess in case.excess.items()
-            if name.startswith(f"{kind}.")
-        ]
-        for kind in ("constants", "chip")
-    }
     rows = [
         (
             name,
             case.candidates,
-            len(case.excess),
-            f"{100 * statistics.mean(case.excess.values()):.2f} %",
-            f"{100 * max(case.excess.values()):.2f} %",
-            max(case.excess, key=lambda changed: case.excess[changed]),
+            f"{100 * case.second:.2f} %",
+            len(case.excess[BY]),
+            *(
+                f"{100 * summary(case.excess[by].values()):.2f} %"
+                for by in (BY, FAR)
+                for summary in (statistics.mean, max)
+            ),
         )
         for name, case in found.items()
     ]
-    headers = ("case", "candidates", "changes", "mean excess", "worst", "of")
+    headers = ("case", "candidates", "second", "changes")
+    for by in (BY, FAR):
+        headers = (*headers, f"mean at {100 * by:.0f} %", "worst")
     _record.table(headers, rows)
-    means = {kind: statistics.mean(values) for kind, values in kinds.items()}
-    for kind, mean in means.items():
-        print(f"{kind}: mean {100 * mean:.2f} %, worst {100 * max(kinds[kind]):.2f} %")
-    passed = all(mean <= BAR for mean in means.values())
+    totals = {f"{by:g}": total(found.values(), by) for by in (BY, FAR)}
+    for by, kinds in totals.items():
+        for kind, figures in kinds.items():
+            print(f"{kind} changed by {by}: {figures}")
+    means = [figures["mean_excess"] for figures in totals[f"{BY:g}"].values()]
+    passed = all(mean <= BAR for mean in means)
     _record.write(
         options.into,
         "robustness",
@@ -96,17 +98,12 @@ def main() -> int:
         command="python benchmarks/robustness.py",
         figures={
             "bar_mean_excess": BAR,
-            "changed_by": BY,
-            "mean_excess": means,
-            "worst_excess": {kind: max(values) for kind, values in kinds.items()},
-            "changes": {kind: len(values) for kind, values in kinds.items()},
+            "changed_by": totals,
             "cases": {
                 f"{model} {cluster}": {
                     "batch": batch,
                     "seq": seq,
-                    "candidates": found[f"{model} {cluster}"].candidates,
-                    "best_s": found[f"{model} {cluster}"].best_s,
-                    "excess": found[f"{model} {cluster}"].excess,
+                    **dataclasses.asdict(found[f"{model} {cluster}"]),
                 }
                 for model, cluster, batch, seq in CASES
             },
@@ -115,6 +112,25 @@ def main() -> int:
         start=start,
     )
     return int(not passed)
+
+
+def total(cases: Iterable[Found], by: float) -> dict[str, dict[str, float]]:
+    """Of all cases, for constants and facts of chips that were changed by so much."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in ("constants", "chip"):
+        values = [
+            excess
+            for case in cases
+            for name, excess in case.excess[by].items()
+            if name.startswith(f"{kind}.")
+        ]
+        found[kind] = {
+            "changes": len(values),
+            "that_cost": sum(value > 0 for value in values),
+            "mean_excess": statistics.mean(values),
+            "worst_excess": max(values),
+        }
+    return found
 
 
 def measure(model: str, name: str, batch: int, seq: int) -> Found:
@@ -159,12 +175,17 @@ def measure(model: str, name: str, batch: int, seq: int) -> Found:
             return None
         return float(times[int(np.argmin(wrong))]) / best_s - 1
 
+    names = used(kept, chips)
     found = {
-        what: lost
-        for what, there, constants in changes(chips, used(kept, chips))
-        if (lost := excess(there, constants)) is not None
+        by: {
+            what: lost
+            for what, there, constants in changes(chips, names, by)
+            if (lost := excess(there, constants)) is not None
+        }
+        for by in (BY, FAR)
     }
-    return Found(len(times), best_s, found)
+    second = float(np.partition(times, 1)[1]) / best_s - 1
+    return Found(len(times), best_s, second, found)
 
 
 def _with(pricer: Any, constants: Any) -> Any:
@@ -191,12 +212,12 @@ def used(kept: list[tuple[Any, np.ndarray, np.ndarray]], chips: Any) -> list[str
     return sorted(read)
 
 
-def changes(chips: Any, names: list[str]) -> Iterator[tuple[str, Any, Any]]:
+def changes(chips: Any, names: list[str], by: float) -> Iterator[tuple[str, Any, Any]]:
     """What was changed, and the cluster and the constants with it."""
     from autoshard.cost.constants import Constants
 
     shipped = Constants.shipped()
-    for sign, factor in (("+", 1 + BY), ("-", 1 - BY)):
+    for sign, factor in (("+", 1 + by), ("-", 1 - by)):
         for name in names:
             values = {**shipped.values, name: shipped[name] * factor}
             yield f"constants.{name} {sign}", chips, Constants(values)

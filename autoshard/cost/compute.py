@@ -202,6 +202,8 @@ class Compute:
         self, index: int, meshes: Meshes, cuts: Vector, rates: Rates
     ) -> Vector:
         op = self.program.ops[index]
+        if not self.work.flops[index]:  # of a dim of size 0
+            return np.zeros(len(meshes))
         axes = self.sharded.factor_axes[index]
         flops = self.work.flops[index] / meshes.product(axes_of(axes))
         if self.work.batched_op[index]:

@@ -106,6 +106,11 @@ class Space:
                 f"the data inputs disagree on the batch size: leading dims "
                 f"{sorted(sizes)}; give every leaf of the batch the same leading dim."
             )
+        if 0 in sizes:
+            raise InputError(
+                "the batch has a leading dim of 0: it is empty; pass a batch of at "
+                "least 1."
+            )
         return next(iter(sizes), 0)
 
     def with_batch_times(self, factor: int) -> Space:

@@ -41,12 +41,17 @@ def explain_indivisible(
     for group in groups:
         blame.update(what_fails(group.pricer, grid, cuts, batch))
     said = "; ".join(text for text, _ in blame.most_common(3))
-    fixed = ", ".join(f"{a} = {n}" for a, n in strategy.mesh.items())
+    fields = {**strategy.mesh, "microbatches": strategy.schedule.microbatches}
+    fixed = ", ".join(f"{key} = {value}" for key, value in fields.items())
+    other = (
+        "fix fewer fields"
+        if strategy.name == "auto"
+        else "take a strategy with more axes (such as 'auto')"
+    )
     return (
         f"nothing divides: no mesh of the {cluster.num_chips} chips of {cluster.name} "
         f"suits strategy {strategy.name!r} ({fixed}): {said}. Choose a batch that is a "
-        f"multiple of the devices it is spread over, fewer chips, or a strategy with "
-        "more axes (such as 'auto')."
+        f"multiple of the devices it is spread over, or fewer chips, or {other}."
     )
 
 
