@@ -222,12 +222,11 @@ def _compared(
 ) -> Compared:
     try:
         pinned = solver.pinned(pins)
+        plan = pinned.smaller(float("inf"))
     except AutoshardError as error:
         return Compared(row, None, False, found, numbers_s, str(error))
-    plan, said = _plan(pinned)
-    if plan is not None:
-        return Compared(row, _priced(plan), True, found, numbers_s, why)
-    return Compared(row, _too_large(pinned), False, found, numbers_s, why or said)
+    published = _priced(plan) if plan else _too_large(pinned)
+    return Compared(row, published, plan is not None, found, numbers_s, why)
 
 
 def _plan(solver: Solver) -> tuple[Plan | None, str]:
@@ -240,20 +239,14 @@ def _plan(solver: Solver) -> tuple[Plan | None, str]:
         return None, str(error)
 
 
-def _too_large(solver: Solver) -> Priced | None:
-    """The smallest candidate of a solver of which none fits, if any divides."""
-    try:
-        groups = solver.explored().groups
-    except InfeasibleError:
-        return None
-    sized = [
-        (float(group.peak_bytes[k]), number, k)
+def _too_large(solver: Solver) -> Priced:
+    """The smallest candidate of a solver of which none fits."""
+    groups = solver.explored().groups
+    peak, number, k = min(
+        (float(peak), number, k)
         for number, group in enumerate(groups)
-        for k in range(len(group.sizes))
-    ]
-    if not sized:
-        return None
-    peak, number, k = min(sized)
+        for k, peak in enumerate(group.peak_bytes)
+    )
     group = groups[number]
     degrees, choices = _described(group.filled(k))
     return Priced(degrees, choices, float(group.step_s[k]), {}, peak)

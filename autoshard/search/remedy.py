@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -104,25 +105,36 @@ def _grown(cluster: Cluster, factor: int) -> Cluster | None:
 
 
 def explain_no_fit(
-    space: Space, explored: Explored, cluster: Cluster, strategy: Strategy
+    space: Space,
+    explored: Explored,
+    cluster: Cluster,
+    strategy: Strategy,
+    refused: Sequence[tuple[float, Strategy]] = (),
 ) -> str:
     """Says how much memory is missing, what is in conflict, and what would fit.
 
     Every change is priced: what it would make of the step.
+
+    Args:
+        space: Of the program.
+        explored: What was priced of it.
+        cluster: Where.
+        strategy: Of which nothing fits.
+        refused: Candidates that fit as the search prices them and do not with their
+            microbatches traced, each with the bytes that it then needs.
     """
     group, k = _smallest(explored)
-    least, capacity = float(group.peak_bytes[k]), explored.capacity
-    mesh = " x ".join(f"{a}={n}" for a, n in group.mesh(k).items() if n > 1)
-    missing = (
-        f"{_gib(least - capacity)} are missing"
-        if least > capacity
-        else "with its microbatches traced it needs more than that"
+    capacity = explored.capacity
+    least, smallest = min(
+        refused or [(float(group.peak_bytes[k]), group.filled(k))],
+        key=lambda found: found[0],
     )
+    mesh = " x ".join(f"{a}={n}" for a, n in smallest.mesh.items() if n != 1)
     lines = [
         f"no plan of strategy {strategy.name!r} fits {cluster.name}: the smallest "
-        f"({mesh or 'one chip'}, {int(group.cuts[k])} microbatches, remat "
-        f"{group.remat}) needs {_gib(least)} a chip, {_gib(capacity)} can be used, "
-        f"{missing}."
+        f"({mesh or 'one chip'}, {smallest.schedule.microbatches} microbatches, remat "
+        f"{smallest.schedule.remat}) needs {_gib(least)} a chip, {_gib(capacity)} can "
+        f"be used, {_gib(least - capacity)} are missing."
     ]
     if explored.left:
         lines.append(
@@ -162,7 +174,7 @@ def conflicts(
     Returns:
         The fields in conflict, in words with the place that fixed them; changes with
         the seconds a step that they lead to, the fastest first. Nothing, where no
-        filling of the holes fits.
+        other filling of the fields fits.
     """
     fixed = fixed_fields(strategy)
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM

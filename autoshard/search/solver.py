@@ -70,6 +70,7 @@ class Solver:
                 self.log(remark)
         self.space = space
         self._explored: dict[int | None, Explored] = {}
+        self._refused: list[tuple[float, Strategy]] = []
 
     def pinned(self, pins: Mapping[str, Any]) -> Solver:
         """The same program with more fields fixed.
@@ -199,7 +200,9 @@ class Solver:
         return kept
 
     def _no_fit(self) -> str:
-        return explain_no_fit(self.space, self.explored(), self.cluster, self.strategy)
+        return explain_no_fit(
+            self.space, self.explored(), self.cluster, self.strategy, self._refused
+        )
 
     def _different(self, explored: Explored) -> Iterator[Entry]:
         seen: set[Any] = set()
@@ -230,18 +233,22 @@ class Solver:
         )
         found: list[Plan] = []
         for step_s, _, number, k in entries:
+            filled = explored.groups[number].filled(k)
             plan = finish(
                 self.fn,
                 self.args,
                 self.cluster,
-                explored.groups[number].filled(k),
+                filled,
                 certificate,
                 self.model_ref,
                 plain,
             )
             memory = plan.predicted.memory
             if memory.total > min(memory.capacity, budget_bytes):
-                continue  # priced exactly, its microbatches traced, it does not fit
+                if memory.total > memory.capacity:
+                    # It does not fit, priced exactly with its microbatches traced.
+                    self._refused.append((float(memory.total), filled))
+                continue
             found.append(plan)
             self.log(f"plan {len(found)}: {step_s:.4g} s per step")
             if len(found) == most:

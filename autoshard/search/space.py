@@ -46,7 +46,9 @@ def _storage_domain(
 
     Over `fsdp` everything is sharded (ZeRO-3), and over `context`, whose devices hold
     the same parameters, or not; over `data` nothing, the optimizer (ZeRO-1), or the
-    optimizer and the gradients (ZeRO-2), and over `context` with it.
+    optimizer and the gradients (ZeRO-2), and over `context` with it. ZeRO-1 and ZeRO-2
+    also in groups of replicas, which are then what `fsdp` counts (Chen et al. 2024,
+    arXiv:2401.09149).
     """
     plain = tuple(a for a in ("fsdp",) if a in mesh)
     whole = tuple(a for a in ("fsdp", "context") if a in mesh)
@@ -80,6 +82,11 @@ def _storage_domain(
             rising &= all(s in (set(params), set(more)) for s in sharded)
         if rising:
             found.append(chosen)
+    if plain and len(holes) == len(STATES):
+        found += [
+            Storage(params=(), gradients=summed, optimizer=plain)
+            for summed in ((), plain)
+        ]
     return found
 
 

@@ -80,7 +80,8 @@ def _stored(strategy: Strategy) -> Iterator[tuple[tuple[str, ...], ...]]:
     """What parameters, gradients and optimizer state may be stored over.
 
     Of a state that is a hole: the axes before it, or more. With all three holes only
-    two sets of axes are used: those of the parameters, and all.
+    two sets of axes are used: those of the parameters, and all; and `fsdp` alone for
+    the optimizer, or it and the gradients, of parameters that are whole.
     """
 
     def of(*names: str) -> tuple[str, ...]:
@@ -103,6 +104,9 @@ def _stored(strategy: Strategy) -> Iterator[tuple[tuple[str, ...], ...]]:
         )
         if rising and not between:
             yield chosen
+    if len(holes) == 3 and "fsdp" in strategy.mesh:
+        yield (), (), ("fsdp",)
+        yield (), ("fsdp",), ("fsdp",)
 
 
 def _ruled(strategy: Strategy) -> Iterator[dict[str, tuple[str, ...]]]:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from helpers.spaces import floats, mlp_step, of_mesh, small_memory
 
+from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import InfeasibleError
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
@@ -104,3 +105,23 @@ def test_the_line_of_a_file_is_said(tmp_path):
     with pytest.raises(InfeasibleError) as caught:
         Solver(STEP, (BATCH,), chips, strategy).plans()
     assert "In conflict: storage.optimizer = [] (mine.toml:11)." in str(caught.value)
+
+
+def test_what_fits_only_until_its_microbatches_are_traced_is_said_to_be_missing():
+    cut = HELD.model_copy(
+        update={"schedule": HELD.schedule.model_copy(update={"microbatches": 2})}
+    )
+    ample = Solver(STEP, (floats(16, 32),), cluster("cpu:4"), cut)
+    [(_, priced, _, _)] = ample.explored().ranked
+    traced = ample.plans()[0].predicted.memory.total
+    assert priced < traced
+    capacity = (priced + traced) / 2
+    chips = small_memory(cluster("cpu:4"), capacity / MEMORY_HEADROOM)
+    solver = Solver(STEP, (floats(16, 32),), chips, cut)
+    assert len(solver.explored().ranked) == 1
+    with pytest.raises(InfeasibleError) as caught:
+        solver.plans()
+    text = str(caught.value)
+    needs = f"needs {traced / 1024:.1f} KiB a chip"
+    assert f"(data=4, 2 microbatches, remat none) {needs}" in text
+    assert "What would fit: " in text
