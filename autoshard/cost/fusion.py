@@ -146,6 +146,7 @@ class _Fusion:
         values = self.program.values
         found = {v for v in self.program.outputs if v >= 0}
         found |= {reshard.value for reshard in sharded.reshards}
+        found |= sharded.traced.blocks.crossing  # as what a loop carries
         for op in reversed(self.program.ops):
             if op.primitive in _SAME:
                 for v, result in zip(op.inputs, op.outputs, strict=True):

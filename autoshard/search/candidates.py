@@ -322,8 +322,9 @@ class Space:
         states = (layout.params, layout.gradients, layout.optimizer)
         key = (structure.schedule.remat, layout.rules, states)
         if key not in self._pricers:
-            sharded = propagate(sketch.traced, sketch.classes, layout)
-            self._pricers[key] = Pricer(sharded, sketch.work)
+            shallow = sketch.shallow
+            sharded = propagate(shallow.traced, shallow.classes, layout)
+            self._pricers[key] = Pricer(sharded, shallow.work)
         return self._pricers[key]
 
 

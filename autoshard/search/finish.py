@@ -63,7 +63,8 @@ def finish(
     sizes = {a: n for a, n in strategy.mesh.items() if n != "auto"}
     sharded = propagate(traced, classes, Layout.of(strategy, sizes))
     pricer = Pricer(sharded, analyse(traced, classes))
-    predicted = estimate(pricer, cluster, sizes, model_flops(plain.work, plain.classes))
+    flops = model_flops(plain.shallow.work, plain.shallow.classes)
+    predicted = estimate(pricer, cluster, sizes, flops)
     bound = min(certificate.lower_bound_s, predicted.step_s)
     certificate = certificate.model_copy(
         update={
