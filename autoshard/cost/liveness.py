@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -46,6 +46,7 @@ class Buffer:
         result: Of a product that is split along its summed dim if this result is too
             small to be cut into work for all cores; only then is there such a buffer.
             -1 where it does not depend on that.
+        alike: How many there are of it.
     """
 
     value: int
@@ -57,6 +58,7 @@ class Buffer:
     only: str = ""
     tpu_share: float = 1.0
     result: int = -1
+    alike: int = 1
 
 
 Share = np.ndarray[Any, np.dtype[np.float64]]
@@ -104,6 +106,7 @@ class Liveness:
             self.program.inputs, self.sharded.traced.inputs, strict=True
         ):
             size = self._whole(value, self.sharded.specs[value], meshes, tiles)
+            size = size * self.work.alike[value]
             size = size if share is None else size * share[self._place[value]]
             table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
         return table
@@ -147,7 +150,7 @@ class Liveness:
         stash = np.zeros(len(meshes))
         for buffer in self.buffers:
             if buffer.only in ("", meshes.cluster.kind):
-                size = self._size(buffer, meshes, cuts, tiles)
+                size = self._size(buffer, meshes, cuts, tiles) * buffer.alike
                 size = (
                     size if share is None else size * share[self._place[buffer.value]]
                 )
@@ -156,11 +159,13 @@ class Liveness:
                 live(buffer.kind, size, buffer.begin, buffer.end)
         for value in self._gradient_leaves:
             size = self._whole(value, self.sharded.specs[value], meshes, tiles)
+            size = size * self.work.alike[value]
             size = size if share is None else size * share[self._place[value]]
             live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
         deltas["activations"][0] += stash
         totals = {kind: np.cumsum(delta, axis=0) for kind, delta in deltas.items()}
-        whole = sum(totals.values())
+        whole = np.asarray(sum(totals.values()))
+        whole[sorted(self.work.amid)] = 0.0
         at = np.argmax(whole, axis=0)
         columns = np.arange(len(meshes))
         table = self.state_bytes(meshes, share)
@@ -237,7 +242,17 @@ class Liveness:
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:
         """All that is neither an argument nor written over one."""
-        return (*self._values(), *self._copies(), *self._slices(), *self._padded())
+        found = (*self._values(), *self._copies(), *self._slices(), *self._padded())
+        inner = self.work.inner
+        if not inner:
+            return found
+        apart: list[Buffer] = []
+        for buffer in found:
+            one = replace(buffer, alike=1)
+            begin, end = (inner.get(at, at) for at in (buffer.begin, buffer.end))
+            rest = replace(buffer, begin=begin, end=end, alike=buffer.alike - 1)
+            apart += [one, rest] if rest.alike else [one]
+        return tuple(apart)
 
     def _kind(self, value: int) -> str:
         return KINDS[value not in self.work.gradients]
@@ -249,7 +264,15 @@ class Liveness:
             if begin < 0 or not work.materialised[v] or v in self.sharded.free:
                 continue
             share = 0.5 if v in self._rounded else 1.0
-            buffer = Buffer(v, specs[v], begin, end, self._kind(v), tpu_share=share)
+            buffer = Buffer(
+                v,
+                specs[v],
+                begin,
+                end,
+                self._kind(v),
+                tpu_share=share,
+                alike=work.alike[v],
+            )
             found.append(buffer)
         return found
 
@@ -290,14 +313,22 @@ class Liveness:
                         end,
                         "activations",
                         source - target,
+                        alike=self.work.alike[move.value],
                     )
                     found.append(buffer)
                 continue
+            alike = self.work.alike_ops[move.op]
             if move.slot.startswith("in"):
                 first, last = self.uses[key_of(self.sharded, move)]
                 needs = places_of(move.source, move.target)
                 buffer = Buffer(
-                    move.value, move.target, first, last, "activations", needs
+                    move.value,
+                    move.target,
+                    first,
+                    last,
+                    "activations",
+                    needs,
+                    alike=alike,
                 )
                 found.append(buffer)
             elif move.unreduced and target - source:
@@ -307,7 +338,13 @@ class Liveness:
                 then = self._next_product[now]
                 kind = self._kind(move.value)
                 buffer = Buffer(
-                    move.value, move.source, now, then, kind, target - source
+                    move.value,
+                    move.source,
+                    now,
+                    then,
+                    kind,
+                    target - source,
+                    alike=alike,
                 )
                 found.append(buffer)
         return found
@@ -331,7 +368,9 @@ class Liveness:
         for v in by_product:
             kind = self._kind(v)
             spec = self.sharded.specs[v]
-            found[v] = Buffer(v, spec, first[v], work.death[v], kind, only="gpu")
+            found[v] = Buffer(
+                v, spec, first[v], work.death[v], kind, only="gpu", alike=work.alike[v]
+            )
         return list(found.values())
 
     def _padded(self) -> list[Buffer]:

@@ -406,6 +406,7 @@ class Pricer:
                 value, axes_of(self.sharded.specs[value]), meshes, np.ones(1)
             )
             moved = 3 * size / rates.hbm_bytes_per_s
+            moved = moved * self.work.alike[value]
             place = places.of_value[value]
             other[place] += np.where(cuts > 1, cuts * moved, 0.0)
         return matmul, other, update
@@ -423,7 +424,9 @@ class Pricer:
         """`(step, seconds per step of training, bytes of one run, runs)` of a move."""
         reshard = self.moves[index]
         runs = np.ones(len(meshes))
-        if reshard.op != OUTPUT:
+        if reshard.op == OUTPUT:
+            runs = runs * self.work.alike[reshard.value]
+        else:
             op = self.program.ops[reshard.op]
             runs = runs * self.work.runs[op.index]
             if not self.work.update[op.index]:

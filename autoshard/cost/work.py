@@ -14,6 +14,7 @@ from math import prod
 from autoshard.cost.schedule import lifetimes, positions
 from autoshard.cost.segments import UNCUT, Segments, segments
 from autoshard.cost.written import Fusions
+from autoshard.ir.fold import Folded, unfolded
 from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
 from autoshard.ir.train_step import UPDATE_SCOPE
@@ -43,6 +44,13 @@ class Work:
         gradients: Values that hold gradients.
         fusions: The kernels that its ops become.
         segments: Where its blocks are, between which stages can be cut.
+        alike_ops: Per op, for how many ops of the whole program it stands; `runs` has
+            it as a factor.
+        alike: Per value, for how many values it stands.
+        amid: Positions at which memory need not be looked at: the same program before
+            or after them has as much in use.
+        inner: Where all but one of the many that a value stands for are born or die
+            instead, by the position at which the last one does.
     """
 
     runs: tuple[int, ...]
@@ -56,13 +64,25 @@ class Work:
     death: tuple[int, ...]
     over: frozenset[int]
     gradients: frozenset[int]
+    alike_ops: tuple[int, ...]
+    alike: tuple[int, ...]
+    amid: frozenset[int]
+    inner: dict[int, int]
     fusions: Fusions
     segments: Segments = UNCUT
 
 
-def analyse(traced: Traced, classes: DimClasses) -> Work:
-    """Reads the facts of a traced program."""
+def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -> Work:
+    """Reads the facts of a traced program.
+
+    Args:
+        traced: The program.
+        classes: Its dim classes.
+        folded: How it came of a deeper one, if it did; then the facts are such that
+            its costs are those of the deeper one.
+    """
     program = traced.program
+    folded = folded or unfolded(traced)
     rules = classes.rules
     batch = {c for c, names in classes.names.items() if "batch" in names}
     runs = [program.runs(r) for r in range(len(program.regions))]
@@ -70,14 +90,17 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
         any(c in batch for c in factor_classes) for factor_classes in classes.of_factor
     )
     at = positions(program)
-    materialised = _materialised(program, classes)
-    birth, death, over = lifetimes(traced, at, materialised)
+    in_memory = materialised(program, classes, folded)
+    birth, death, over = lifetimes(traced, at, in_memory)
     work = Work(
-        runs=tuple(runs[op.region] for op in program.ops),
+        runs=tuple(
+            runs[op.region] * times
+            for op, times in zip(program.ops, folded.alike_ops, strict=True)
+        ),
         flops=tuple(
             rule.flops_per_point * prod(rule.sizes, start=1.0) for rule in rules
         ),
-        materialised=materialised,
+        materialised=in_memory,
         batched=tuple(any(c in batch for c in dims) for dims in classes.of_value),
         batched_op=batched_op,
         update=tuple(UPDATE_SCOPE in op.scope for op in program.ops),
@@ -86,24 +109,32 @@ def analyse(traced: Traced, classes: DimClasses) -> Work:
         death=death,
         over=over,
         gradients=_gradients(program, classes),
-        fusions=Fusions(program, rules),
+        fusions=Fusions(program, rules, traced.blocks.crossing),
+        alike_ops=folded.alike_ops,
+        alike=folded.alike,
+        amid=frozenset(at[op] for op in folded.amid),
+        inner={at[op]: at[to] for op, to in folded.inner.items()},
     )
     return replace(work, segments=segments(traced, classes, work))
 
 
-def _materialised(program: Program, classes: DimClasses) -> tuple[bool, ...]:
-    found = [False] * len(program.values)
+def materialised(
+    program: Program, classes: DimClasses, folded: Folded
+) -> tuple[bool, ...]:
+    """Whether each value exists in memory; see the module."""
+    found, whole = [False] * len(program.values), folded.full.program
     for v in (*program.inputs, *(v for v in program.outputs if v >= 0)):
         found[v] = True
     for op, rule in zip(program.ops, classes.rules, strict=True):
         fused = rule.op_kind in _FUSED
         for v in op.outputs:
             found[v] = found[v] or not fused
-        for v in op.inputs:
+        first = whole.ops[folded.ops[op.index]]
+        for v, was in zip(op.inputs, first.inputs, strict=True):
             if v < 0:
                 continue
-            producer = program.values[v].producer
-            far = producer >= 0 and op.index - producer > FUSION_REACH_OPS
+            producer = whole.values[was].producer
+            far = producer >= 0 and first.index - producer > FUSION_REACH_OPS
             if far or rule.op_kind not in (*_FUSED, "reduce"):
                 found[v] = True
     for op, rule in zip(program.ops, classes.rules, strict=True):

@@ -7,7 +7,7 @@ few different sets of kernels, and each is found once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from autoshard.cost.fusion import SAME, Kernel, is_optional, kernels
 from autoshard.ir.program import LINK, Program
@@ -20,11 +20,17 @@ class Fusions:
     Args:
         program: The program.
         rules: Factor rule per op.
+        crossing: Values that go from copy to copy of a block, as what a loop carries.
     """
 
-    def __init__(self, program: Program, rules: Sequence[FactorRule]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        rules: Sequence[FactorRule],
+        crossing: Collection[int],
+    ) -> None:
         self._program, self._rules = program, rules
-        self._always = {v for v in program.outputs if v >= 0}
+        self._always = {v for v in program.outputs if v >= 0} | {*crossing}
         self._same = [op for op in reversed(program.ops) if op.primitive in SAME]
         for op in program.ops:
             linked = op.primitive == LINK and op.params["kind"] != "slice"

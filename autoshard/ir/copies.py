@@ -60,6 +60,7 @@ class Finder:
     region_kinds: Ints
     region_parents: Ints
     found: list[tuple[int, int, int]] = field(default_factory=list)
+    numbered: list[tuple[int, Ints]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         values = len(self.flat.kind)
@@ -378,6 +379,7 @@ class Finder:
         )
         root = len(self.found) if copies.root < 0 else copies.root
         self.found.append(copies.place)
+        self.numbered.append((root, copies.labels))
         for values in (copies.made, copies.taken[:, copies.own]):
             new = len(self.roots) + np.arange(values.shape[1])
             self.classes[values] = new

@@ -50,6 +50,25 @@ class Repeat:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Chain:
+    """Copies of a block that stand one after the other, and which layer each is of.
+
+    Attributes:
+        start: The first op.
+        period: Ops per copy.
+        count: Number of copies.
+        root: The chain whose copies are counted, perhaps this one itself.
+        labels: int64 per copy: of which copy of that chain it is a part.
+    """
+
+    start: int
+    period: int
+    count: int
+    root: int
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
     """The repeats of a program and what they tie.
 
@@ -62,17 +81,46 @@ class Blocks:
         seams: int64, sorted: tied ops of which an operand is not tied to that of the
             representative. The second copy of a chain is fed by the first, which is
             itself fed from elsewhere; to look at representatives alone would lose that.
+        chains: The unrolled repeats, numbered as found.
+        classes: int64 per value: what the values of all copies at one place have in
+            common, -1 for what is in none.
+        labels: int64 per value: which copy it is of, as the chain counts them that
+            `roots` names.
+        roots: int64 per class: a chain.
+        crossing: Values that one copy of a chain makes and the next reads: what would
+            be carried, were the chain a loop.
     """
 
     repeats: tuple[Repeat, ...]
     representative: np.ndarray
     tied_values: np.ndarray
     seams: np.ndarray
+    chains: tuple[Chain, ...]
+    classes: np.ndarray
+    labels: np.ndarray
+    roots: np.ndarray
+    crossing: frozenset[int]
 
     @property
     def tied_ops(self) -> int:
         """Ops that another one stands for."""
         return int(np.sum(self.representative != np.arange(len(self.representative))))
+
+    @staticmethod
+    def none(ops: int, values: int) -> Blocks:
+        """Of a program in which nothing is known to repeat."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return Blocks(
+            repeats=(),
+            representative=np.arange(ops),
+            tied_values=np.arange(values),
+            seams=nothing,
+            chains=(),
+            classes=np.full(values, -1),
+            labels=np.zeros(values, dtype=np.int64),
+            roots=nothing,
+            crossing=frozenset(),
+        )
 
 
 def find_blocks(program: Program) -> Blocks:
@@ -127,6 +175,7 @@ def find_blocks(program: Program) -> Blocks:
     taker = flat.taker[at]
     twin = flat.begin[representative[taker]] + at - flat.begin[taker]
     seam = values[flat.taken[at]] != values[flat.taken[twin]]
+    crossing = np.append(finder.passed, False)[finder.classes[:-1]]
     unrolled = [
         _repeat(program, *place, kind="unrolled", ops=place[1] * place[2])
         for place in finder.found
@@ -137,6 +186,14 @@ def find_blocks(program: Program) -> Blocks:
         representative=representative,
         tied_values=values[:-1],
         seams=np.unique(taker[seam]),
+        chains=tuple(
+            Chain(*place, root, labels)
+            for place, (root, labels) in zip(finder.found, finder.numbered, strict=True)
+        ),
+        classes=finder.classes[:-1],
+        labels=finder.labels[:-1],
+        roots=np.array(finder.roots, dtype=np.int64),
+        crossing=frozenset(np.flatnonzero(crossing).tolist()),
     )
 
 

@@ -135,7 +135,7 @@ class Space:
         rows = space.meshes(strategy, cluster)
         sketch = self.sketch("none")
         assert sketch is not None
-        rows = _staged_as_can_be(rows, strategy, sketch.work.segments)
+        rows = _staged_as_can_be(rows, strategy, sketch.shallow.work.segments)
         for axis, size in fixed_sizes(sketch).items():
             column = rows[:, AXES.index(axis)]
             if not (column == size).any():
@@ -257,8 +257,9 @@ class Space:
         states = (layout.params, layout.gradients, layout.optimizer)
         key = (structure.schedule.remat, layout.rules, states)
         if key not in self._pricers:
-            sharded = propagate(sketch.traced, sketch.classes, layout)
-            self._pricers[key] = Pricer(sharded, sketch.work)
+            shallow = sketch.shallow
+            sharded = propagate(shallow.traced, shallow.classes, layout)
+            self._pricers[key] = Pricer(sharded, shallow.work)
         return self._pricers[key]
 
 

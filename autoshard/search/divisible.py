@@ -121,11 +121,11 @@ def _demands(
     for size, axes in sorted(sharded.divides):
         ways = product(axes)
         met = size % ways == 0
-        yield _Demand(met, ways, axes, _words(sharded, size, axes, "not divisible by"))
+        yield _Demand(met, ways, axes, _words(pricer, size, axes, "not divisible by"))
     for size, axes in sorted(sharded.padded):  # every device must have something
         ways = product(axes)
         yield _Demand(
-            size >= ways, ways, axes, _words(sharded, size, axes, "smaller than")
+            size >= ways, ways, axes, _words(pricer, size, axes, "smaller than")
         )
     yield from _storage(pricer, product)
 
@@ -135,7 +135,8 @@ def _storage(
 ) -> Iterator[_Demand]:
     """A large state leaf must find a dim for its storage axes; a small one may stay."""
     sharded, program = pricer.sharded, pricer.program
-    total = sum(program.values[v].bytes_ for v in program.inputs)
+    alike = pricer.work.alike
+    total = sum(program.values[v].bytes_ * alike[v] for v in program.inputs)
     for value, compute, info in zip(
         program.inputs, sharded.compute, sharded.traced.inputs, strict=True
     ):
@@ -159,27 +160,37 @@ def _storage(
 
 
 def _words(
-    sharded: ShardedProgram, size: int, axes: tuple[str, ...], verb: str
+    pricer: Pricer, size: int, axes: tuple[str, ...], verb: str
 ) -> Callable[[], str]:
     """Names the dims of a size that are over some axes: of arguments, or of an op."""
+    sharded = pricer.sharded
 
     def words() -> str:
         inputs = [
-            (info, d)
-            for info, dims in zip(sharded.traced.inputs, sharded.compute, strict=True)
+            (info, d, pricer.work.alike[v])
+            for v, info, dims in zip(
+                pricer.program.inputs,
+                sharded.traced.inputs,
+                sharded.compute,
+                strict=True,
+            )
             for d, dim in enumerate(dims)
             if (info.shape[d], dim) == (size, axes)
         ]
-        found = []
-        for info, d in inputs:
-            name = f" ({info.logical[d]})" if info.logical[d] else ""
-            if info.state == "params" or (info.state, d > 0) == ("data", True):
-                found.append(f"of dim {d}{name} of {info.path}")
-        if not found and any(info.state == "data" for info, _ in inputs):
+        used = [
+            (info, d, alike)
+            for info, d, alike in inputs
+            if info.state == "params" or (info.state, d > 0) == ("data", True)
+        ]
+        if not used and any(info.state == "data" for info, _, _ in inputs):
             return ""  # the batch
-        found = found or [f"of dim {d} of {info.path}" for info, d in inputs]
+        found = []
+        for info, d, _ in used or inputs:
+            name = f" ({info.logical[d]})" if used and info.logical[d] else ""
+            found.append(f"of dim {d}{name} of {info.path}")
+        count = sum(alike for _, _, alike in used or inputs)
         found = found or [_made(sharded, size, axes)]
-        more = [f"of {len(found) - 2} more"] if len(found) > 3 else []
+        more = [f"of {count - 2} more"] if count > 3 else []
         places = " and ".join(found[:2] + (more or found[2:]))
         return f"{size}, the size {places}, is {verb}"
 

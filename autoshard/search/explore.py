@@ -115,7 +115,8 @@ def explore(
     start_s = said_s = time.monotonic()
     plain = everything.sketch("none")
     assert plain is not None
-    floor_s = fastest_s(plain.traced.program, plain.classes, plain.work, cluster)
+    shallow = plain.shallow
+    floor_s = fastest_s(shallow.traced.program, shallow.classes, shallow.work, cluster)
     watch = Watch(bytes_=capacity)
     groups: list[Candidates] = []
     bests: list[float] = []

@@ -65,11 +65,12 @@ def finish(
     classes = classes_of(traced, strategy, plain)
     sharded = propagate(traced, classes, Layout.of(strategy, sizes))
     pricer = Pricer(sharded, analyse(traced, classes))
+    flops = model_flops(plain.shallow.work, plain.shallow.classes)
     predicted = estimate(
         pricer,
         cluster,
         sizes,
-        model_flops(plain.work, plain.classes),
+        flops,
         pipeline,
         schedule.microbatches if pipeline else 1,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from autoshard.cost.work import Work, analyse
@@ -14,27 +15,47 @@ from autoshard.plan.strategy import Strategy
 from autoshard.propagate import find_classes
 from autoshard.propagate.classes import Hint
 from autoshard.search.annotations import check_annotations
+from autoshard.search.folding import folded_by
 
 
-@dataclass(frozen=True)
-class Sketch:
-    """A traced program with its classes and facts, shared by all its candidates.
+@dataclass(frozen=True, slots=True)
+class Shallow:
+    """A program without most copies of its blocks, which costs what the whole does.
 
     Attributes:
-        traced: The program.
-        classes: Its dim classes.
-        work: What its ops do.
-        remarks: What a user should know of the annotations.
+        traced: What is left of it.
+        classes: Its dim classes, numbered as those of the whole.
+        work: What its ops do, the copies that were left out included.
     """
 
     traced: Traced
     classes: DimClasses
     work: Work
+
+    @staticmethod
+    def of(traced: Traced, classes: DimClasses) -> Shallow:
+        """Folds a program, if anything repeats in it."""
+        folded, left = folded_by(traced, classes)
+        return Shallow(folded.traced, left, analyse(folded.traced, left, folded))
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A traced program with its classes, shared by all its candidates.
+
+    Attributes:
+        traced: The program.
+        classes: Its dim classes.
+        remarks: What a user should know of the annotations.
+    """
+
+    traced: Traced
+    classes: DimClasses
     remarks: tuple[str, ...]
 
     @staticmethod
     def of(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Sketch:
-        """Traces and analyses.
+        """Traces a program and finds its classes.
 
         Raises:
             InputError: An annotation did not reach the program, or cannot be
@@ -44,7 +65,12 @@ class Sketch:
         traced = read(fn, args, strategy)
         remarks = check_annotations(traced, strategy)
         classes = classes_of(traced, strategy)
-        return Sketch(traced, classes, analyse(traced, classes), remarks)
+        return Sketch(traced, classes, remarks)
+
+    @cached_property
+    def shallow(self) -> Shallow:
+        """What is priced in place of the program."""
+        return Shallow.of(self.traced, self.classes)
 
 
 def read(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Traced:

@@ -108,7 +108,10 @@ def size(
         plain = solver.space.sketch("none")
         assert plain is not None
         tokens = tokens_per_step(plain.traced)
-        floor_s = fastest_s(plain.traced.program, plain.classes, plain.work, chips)
+        shallow = plain.shallow
+        floor_s = fastest_s(
+            shallow.traced.program, shallow.classes, shallow.work, chips
+        )
         if target_tokens_per_s and tokens / floor_s < target_tokens_per_s:
             most = f"matrix products alone allow {tokens / floor_s:.4g} tokens/s"
             found.append(Tried(chips.name, chips.num_chips, most))

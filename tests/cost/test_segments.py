@@ -26,8 +26,10 @@ def of_model(name, remat="none"):
 
 
 def place_of(sketch):
-    places = sketch.work.segments.of_value
-    inputs = zip(sketch.traced.program.inputs, sketch.traced.inputs, strict=True)
+    places = sketch.shallow.work.segments.of_value
+    inputs = zip(
+        sketch.shallow.traced.program.inputs, sketch.shallow.traced.inputs, strict=True
+    )
     return {info.path: int(places[v]) for v, info in inputs}
 
 
@@ -57,10 +59,10 @@ def test_tied_tables_are_at_both_ends(remat):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_products_of_the_head_are_those_of_its_matrix(remat):
     sketch = of_model("llama3-tiny", remat)
-    program, work = sketch.traced.program, sketch.work
+    program, work = sketch.shallow.traced.program, sketch.shallow.work
     shapes = {i.path: i.shape for i in sketch.traced.inputs}
     found = dict.fromkeys((BLOCK, EMBED, HEAD, BOTH, ALL), 0.0)
-    for op, rule in zip(program.ops, sketch.classes.rules, strict=True):
+    for op, rule in zip(program.ops, sketch.shallow.classes.rules, strict=True):
         if rule.op_kind == "matmul":
             flops = work.runs[op.index] * work.flops[op.index]
             found[int(work.segments.of_op[op.index])] += flops
@@ -72,8 +74,8 @@ def test_products_of_the_head_are_those_of_its_matrix(remat):
 
 def test_what_is_handed_on_is_the_residual():
     sketch = of_model("llama3-tiny")
-    (sent,) = sketch.work.segments.sent
-    value = sketch.traced.program.values[sent]
+    (sent,) = sketch.shallow.work.segments.sent
+    value = sketch.shallow.traced.program.values[sent]
     width = next(
         i.shape[1] for i in sketch.traced.inputs if i.path == "params/embedding"
     )
@@ -82,7 +84,10 @@ def test_what_is_handed_on_is_the_residual():
 
 def test_full_remat_stashes_one_residual_a_block():
     sketch = of_model("llama3-tiny", "full")
-    values, segments = sketch.traced.program.values, sketch.work.segments
+    values, segments = (
+        sketch.shallow.traced.program.values,
+        sketch.shallow.work.segments,
+    )
     (sent,) = segments.sent
     kept = [values[v].shape for v in segments.stashed if segments.of_value[v] == BLOCK]
     assert kept == [(segments.blocks, *values[sent].shape)]
@@ -106,6 +111,6 @@ def scanned(*depths):
 def test_why_a_program_cannot_be_cut(depths, blocks, why):
     batch = jax.ShapeDtypeStruct((4, 8), jnp.float32)
     sketch = Sketch.of(scanned(*depths), (batch,), api.load_strategy("auto"))
-    found = sketch.work.segments
+    found = sketch.shallow.work.segments
     assert found.blocks == blocks
     assert why in found.why if why else not found.why

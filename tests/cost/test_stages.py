@@ -33,7 +33,8 @@ def pricer(name="llama3-tiny", strategy="fsdp", remat="none", layers=None):
     policy = next(iter(structures(api.load_strategy(strategy))))
     sketch = Sketch.of(step, (resolved.batch,), policy)
     return Pricer(
-        propagate(sketch.traced, sketch.classes, Layout.of(policy)), sketch.work
+        propagate(sketch.shallow.traced, sketch.shallow.classes, Layout.of(policy)),
+        sketch.shallow.work,
     )
 
 

@@ -14,6 +14,7 @@ import optax
 
 from autoshard.cost import Pricer
 from autoshard.cost.price import MEMORY_HEADROOM
+from autoshard.cost.work import analyse
 from autoshard.ir.errors import InputError
 from autoshard.ir.mesh import AXES
 from autoshard.ir.train_step import TrainStep, train_step
@@ -228,7 +229,8 @@ class OneByOne:
         if key not in self._pricers:
             sketch = self.sketches[remat]
             sharded = propagate(sketch.traced, sketch.classes, layout)
-            self._pricers[key] = Pricer(sharded, sketch.work)
+            work = analyse(sketch.traced, sketch.classes)
+            self._pricers[key] = Pricer(sharded, work)
         return self._pricers[key]
 
     def price(self, chips: Cluster, *, alike: bool = False) -> list[Priced]:
