@@ -7,7 +7,6 @@ the last stage, and what each block has of state and work with the stage that ha
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -139,11 +138,9 @@ class _Finder:
         for op in program.ops:
             if op.region == 0 and self._passes(op) and op.inputs[0] in params:
                 params.update(op.outputs)
-        flops: Counter[int] = Counter()
-        for op in program.ops:
-            if self.top[op.region] > 0:
-                total = self.work.runs[op.index] * self.work.flops[op.index]
-                flops[self.top[op.region]] += int(total)
+        working = {
+            self.top[op.region] for op in program.ops if self.work.flops[op.index] > 0
+        }
         sliced = {
             self.top[program.values[op.outputs[0]].region]
             for op in program.ops
@@ -152,7 +149,7 @@ class _Finder:
             and op.inputs[0] in params
         }
         sliced = {r for r in sliced if r > 0 and program.regions[r].trips > 1}
-        trips = {program.regions[r].trips for r in sliced if flops[r]}
+        trips = {program.regions[r].trips for r in sliced if r in working}
         if not trips:
             return [], "no block repeats in it"
         if len(trips) > 1:
