@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from helpers.spaces import OneByOne, fitting, floats, mlp_step, of_mesh, small_memory
+from helpers.spaces import (
+    OneByOne,
+    different,
+    fitting,
+    floats,
+    mlp_step,
+    of_mesh,
+    small_memory,
+)
 
 from autoshard.cost import Pricer
 from autoshard.plan.cluster import cluster
@@ -146,6 +154,6 @@ def test_counts_add_up_to_the_space():
         counted = found.enumerated + watch.alike + watch.pruned
         counted += watch.indivisible + watch.too_large
         assert counted == watch.visited * len(grid)
-    brute = OneByOne(STEP, BATCH, STRATEGY).price(chips)
+    brute = different(OneByOne(STEP, BATCH, STRATEGY).price(chips))
     assert found.enumerated == len(brute)
     assert found.infeasible == len(brute) - len(fitting(brute, chips))
