@@ -6,7 +6,7 @@ which read it, so that neither has to know the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autoshard.ir.mesh import canonical_axis
 from autoshard.ir.ties import Blocks
@@ -138,16 +138,35 @@ class Layout:
             product *= self.sizes.get(axis, 1)
         return product
 
+    def along(self, active: frozenset[str]) -> Layout:
+        """The layout without the axes that have one device: they shard nothing."""
+
+        def of(axes: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(a for a in axes if a in active)
+
+        return replace(
+            self,
+            rules=tuple((logical, of(axes)) for logical, axes in self.rules),
+            params=of(self.params),
+            gradients=of(self.gradients),
+            optimizer=of(self.optimizer),
+        )
+
     @staticmethod
     def of(strategy: Strategy, sizes: dict[str, int] | None = None) -> Layout:
-        """The layout of a strategy without holes."""
+        """The layout of a strategy without holes.
+
+        Args:
+            strategy: The strategy.
+            sizes: Of all its axes, if known: those of one device are left out.
+        """
         storage = strategy.storage
         rules = []
         for rule in strategy.rules:
             assert rule.axes != "auto", rule
             rules.append((rule.logical, tuple(rule.axes)))
         assert "auto" not in (storage.params, storage.gradients, storage.optimizer)
-        return Layout(
+        found = Layout(
             rules=tuple(rules),
             params=tuple(storage.params),
             gradients=tuple(storage.gradients),
@@ -155,6 +174,9 @@ class Layout:
             sizes=sizes or {},
             axes=frozenset(strategy.mesh),
         )
+        if sizes is None:
+            return found
+        return found.along(frozenset(a for a, n in sizes.items() if n > 1))
 
 
 OUTPUT = -1

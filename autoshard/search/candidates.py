@@ -23,9 +23,10 @@ from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import Layout
-from autoshard.plan.strategy import STATES, Strategy
+from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
 from autoshard.search import space
+from autoshard.search.alike import distinct, felt
 from autoshard.search.divisible import batch_divides, divisible
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.reading import Sketch, fixed_sizes
@@ -211,23 +212,23 @@ class Space:
         family: Any = None
         floor_s = np.zeros(len(grid))
         known = np.full(len(grid), not bounded)
-        first: Pricer | None = None
+        first = strategy
         for structure in space.structures(strategy, keep):
             watch.visited += 1
             sketch = self.sketch(structure.schedule.remat, required=required)
             if sketch is None:
                 continue
-            new = _distinct(structure, earlier, grid)
+            new = distinct(structure, earlier, grid)
             earlier.append(structure)
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
-                first = self._pricer(structure, sketch)
+                first = structure
                 known[:] = False
-            ask = new & ~known
-            if first is not None and ask.any():
-                known |= ask
-                floor_s[ask] = _floor_s(
-                    first, cluster, grid[ask], cuts[ask], batch, hows
+            ask = np.flatnonzero(new & ~known)
+            known[ask] = True
+            for pricer, rows in self._parts(first, sketch, grid, ask):
+                floor_s[rows] = _floor_s(
+                    pricer, cluster, grid[rows], cuts[rows], batch, hows
                 )
             here = new & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
@@ -235,25 +236,56 @@ class Space:
             watch.pruned += int((new & (floor_s > watch.step_s)).sum())
             if not here.any():
                 continue
-            pricer = self._pricer(structure, sketch)
-            fits = divisible(pricer, grid[here], cuts[here], batch)
-            watch.indivisible += int((~fits).sum())
-            sizes, pieces = grid[here][fits], cuts[here][fits]
-            if bounded:
-                held = pricer.liveness.held_bytes(Meshes(cluster, sizes))
-                small = held <= watch.bytes_
-                watch.too_large += int((~small).sum())
-                sizes, pieces = sizes[small], pieces[small]
+            parts = []
+            for pricer, rows in self._parts(
+                structure, sketch, grid, np.flatnonzero(here)
+            ):
+                fits = divisible(pricer, grid[rows], cuts[rows], batch)
+                watch.indivisible += int((~fits).sum())
+                rows = rows[fits]
+                if bounded:
+                    held = pricer.liveness.held_bytes(Meshes(cluster, grid[rows]))
+                    small = held <= watch.bytes_
+                    watch.too_large += int((~small).sum())
+                    rows = rows[small]
+                parts.append((pricer, grid[rows], cuts[rows]))
             limit_s = watch.step_s if bounded else float("inf")
-            found, left = price(
-                pricer, structure, cluster, sizes, pieces, hows, limit_s
-            )
+            pricer = self._pricer(structure, sketch)
+            found, left = price(pricer, structure, cluster, parts, hows, limit_s)
             watch.indivisible += left.uncut
             watch.pruned += left.slower
             yield found
 
-    def _pricer(self, structure: Strategy, sketch: Sketch) -> Pricer:
-        layout = Layout.of(structure)
+    def _parts(
+        self, structure: Strategy, sketch: Sketch, grid: np.ndarray, rows: np.ndarray
+    ) -> Iterator[tuple[Pricer, np.ndarray]]:
+        """Some rows of a grid of mesh sizes, by what prices them.
+
+        Where an axis has one device the structure is what it is without the axis. As a
+        rule it need not be propagated again for that: nothing else changes.
+        """
+        if not len(rows):
+            return
+        pricer = self._pricer(structure, sketch)
+        plain = np.ones(len(rows), dtype=bool)
+        for together in felt(pricer.sharded, structure):
+            columns = [AXES.index(axis) for axis in together]
+            plain &= (grid[rows][:, columns] > 1).any(axis=1)
+        if plain.any():
+            yield pricer, rows[plain]
+        rest = rows[~plain]
+        patterns, which = np.unique(grid[rest] > 1, axis=0, return_inverse=True)
+        for k, pattern in enumerate(patterns):
+            active = frozenset(a for a, many in zip(AXES, pattern, strict=True) if many)
+            yield self._pricer(structure, sketch, active), rest[which.ravel() == k]
+
+    def _pricer(
+        self,
+        structure: Strategy,
+        sketch: Sketch,
+        active: frozenset[str] = frozenset(AXES),
+    ) -> Pricer:
+        layout = Layout.of(structure).along(active)
         states = (layout.params, layout.gradients, layout.optimizer)
         key = (structure.schedule.remat, layout.rules, states)
         if key not in self._pricers:
@@ -333,31 +365,3 @@ def _floor_s(
         cluster, grid[fits], cuts[fits].astype(float), pipelines
     )
     return floor_s
-
-
-def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:
-    """The axes that two structures use differently; None if they differ otherwise."""
-    if a.schedule != b.schedule:
-        return None
-    pairs = [(x.axes, y.axes) for x, y in zip(a.rules, b.rules, strict=True)]
-    pairs += [
-        (getattr(a.storage, state), getattr(b.storage, state)) for state in STATES
-    ]
-    found: set[str] = set()
-    for one, other in pairs:
-        if one != other:
-            apart = set(one) ^ set(other)
-            found |= apart or set(one)
-    return frozenset(found)
-
-
-def _distinct(
-    structure: Strategy, earlier: list[Strategy], sizes: np.ndarray
-) -> np.ndarray:
-    """Which meshes make this structure another than all earlier ones, bool[mesh]."""
-    new = np.ones(len(sizes), dtype=bool)
-    apart = {axes for e in earlier if (axes := _differing(structure, e)) is not None}
-    for axes in sorted(apart, key=sorted):
-        columns = [AXES.index(a) for a in sorted(axes)]
-        new &= (sizes[:, columns] > 1).any(axis=1)
-    return new

@@ -156,8 +156,7 @@ def price(
     pricer: Pricer,
     structure: Strategy,
     cluster: Cluster,
-    sizes: np.ndarray,
-    cuts: np.ndarray,
+    parts: Sequence[tuple[Pricer, np.ndarray, np.ndarray]],
     pipelines: Sequence[Pipeline],
     limit_s: float,
 ) -> tuple[Candidates, Left]:
@@ -167,16 +166,17 @@ def price(
         pricer: Of the structure.
         structure: A strategy in which only sizes and microbatches are holes.
         cluster: Where.
-        sizes: Mesh sizes, int64[candidate, axis].
-        cuts: Microbatches, int64[candidate].
+        parts: What prices some candidates, their mesh sizes, int64[candidate, axis],
+            and their microbatches, int64[candidate].
         pipelines: How the stages of those that have several may take turns.
         limit_s: Slower ones are not wanted.
 
     Returns:
         The candidates, and how many others were left out.
     """
-    several, left = sizes[:, STAGE] > 1, Left()
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    left = Left()
+    nothing = np.zeros(0)
+    found = [(np.zeros((0, len(AXES)), int), np.zeros(0, int), nothing, nothing)]
 
     def take(rows: np.ndarray, counts: np.ndarray, prices: Prices) -> np.ndarray:
         valid = prices.cut.valid if prices.cut else np.ones(len(rows), dtype=bool)
@@ -186,17 +186,21 @@ def price(
         found.append((rows[at], counts[at], prices.step_s[at], prices.peak_bytes[at]))
         return at
 
-    rows, counts = sizes[~several], cuts[~several]
-    if len(rows) or not several.any():
-        take(rows, counts, pricer.price(cluster, rows, counts.astype(float), limit_s))
-    rows, counts, staged = sizes[several], cuts[several], []
-    if len(rows):
-        of_stages = pricer.price_stages(
-            cluster, rows, counts.astype(float), pipelines, limit_s
-        )
-        for prices in of_stages:
-            assert prices.cut is not None
-            staged.append((prices.cut, take(rows, counts, prices)))
+    for by, sizes, cuts in parts:
+        plain = sizes[:, STAGE] == 1
+        if plain.any():
+            rows, counts = sizes[plain], cuts[plain]
+            take(rows, counts, by.price(cluster, rows, counts.astype(float), limit_s))
+    staged = []
+    for by, sizes, cuts in parts:
+        several = sizes[:, STAGE] > 1
+        if several.any():
+            rows, counts = sizes[several], cuts[several]
+            for prices in by.price_stages(
+                cluster, rows, counts.astype(float), pipelines, limit_s
+            ):
+                assert prices.cut is not None
+                staged.append((prices.cut, take(rows, counts, prices)))
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]
     kept, pieces, times, peaks = columns
     candidates = Candidates(

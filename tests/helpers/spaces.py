@@ -201,6 +201,27 @@ def active(strategy: Strategy) -> tuple[Any, ...]:
     )
 
 
+def without_idle(strategy: Strategy) -> Strategy:
+    """A strategy in which no rule and no storage names an axis of one device."""
+
+    def of(axes: Any) -> tuple[str, ...]:
+        return tuple(a for a in axes if strategy.mesh.get(a, 1) != 1)
+
+    return strategy.model_copy(
+        update={
+            "rules": tuple(
+                Rule(logical=r.logical, axes=of(r.axes)) for r in strategy.rules
+            ),
+            "storage": Storage(**{s: of(getattr(strategy.storage, s)) for s in STATES}),
+        }
+    )
+
+
+def different(priced: list[Priced]) -> list[Priced]:
+    """The first of all candidates that run the same program."""
+    return list({active(p.strategy): p for p in reversed(priced)}.values())
+
+
 class OneByOne:
     """Prices the candidates of a program one at a time.
 
@@ -223,8 +244,8 @@ class OneByOne:
         self._pricers: dict[Any, Pricer] = {}
 
     def pricer(self, strategy: Strategy) -> Pricer:
-        """Of a strategy without holes, its mesh not yet looked at."""
-        layout, remat = Layout.of(strategy), strategy.schedule.remat
+        """Of a strategy without holes: of what its axes of several devices do."""
+        layout, remat = Layout.of(without_idle(strategy)), strategy.schedule.remat
         key = str((layout, remat))
         if key not in self._pricers:
             sketch = self.sketches[remat]
@@ -233,18 +254,10 @@ class OneByOne:
             self._pricers[key] = Pricer(sharded, work)
         return self._pricers[key]
 
-    def price(self, chips: Cluster, *, alike: bool = False) -> list[Priced]:
-        """All candidates of which every dim divides.
-
-        Args:
-            chips: Where.
-            alike: Whether those that differ only in axes of one device are priced too.
-        """
-        found, seen = [], set()
+    def price(self, chips: Cluster) -> list[Priced]:
+        """All candidates of which every dim divides, also those that are alike."""
+        found = []
         for one in written_out(self.strategy, chips, self.batch, tuple(self.sketches)):
-            if active(one) in seen and not alike:
-                continue
-            seen.add(active(one))
             pricer = self.pricer(one)
             row = np.array([[one.mesh.get(a, 1) for a in AXES]], dtype=np.int64)
             cuts = np.array([one.schedule.microbatches], dtype=np.int64)

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import tiny_lm
-from helpers.spaces import OneByOne, fitting, floats, mlp_step, of_mesh, small_memory
+from helpers.spaces import (
+    OneByOne,
+    different,
+    fitting,
+    floats,
+    mlp_step,
+    of_mesh,
+    small_memory,
+)
 
 from autoshard.cost import Pricer
 from autoshard.plan.cluster import cluster
@@ -165,6 +173,6 @@ def test_counts_add_up_to_the_space():
         counted = found.enumerated + watch.alike + watch.pruned
         counted += watch.indivisible + watch.too_large
         assert counted == watch.visited * len(grid)
-    brute = OneByOne(STEP, BATCH, STRATEGY).price(chips)
+    brute = different(OneByOne(STEP, BATCH, STRATEGY).price(chips))
     assert found.enumerated == len(brute)
     assert found.infeasible == len(brute) - len(fitting(brute, chips))

@@ -1,0 +1,68 @@
+"""Structures that are one another, or other ones, where axes have one device."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from autoshard.ir.mesh import AXES
+from autoshard.plan.sharded import ShardedProgram
+from autoshard.plan.strategy import STATES, Strategy
+
+
+def felt(sharded: ShardedProgram, structure: Strategy) -> set[tuple[str, ...]]:
+    """Axes such that propagation may decide otherwise if all of them have one device.
+
+    Where state is stored depends on which of its dims are taken. An update runs as its
+    optimizer state is stored, if there is any that has the axes of what it meets; else
+    it hangs on what else is stored. That nothing else is felt, random programs show
+    (tests/search/test_solver.py).
+
+    Args:
+        sharded: The structure propagated.
+        structure: Rules and storage.
+    """
+    storage, inputs = structure.storage, sharded.traced.inputs
+    found: set[tuple[str, ...]] = set()
+    for info, dims in zip(inputs, sharded.compute, strict=True):
+        if info.state != "data":
+            found |= set(dims)
+    stored = [set(getattr(storage, state)) for state in STATES]
+    if not all(a <= b for a, b in itertools.pairwise(stored)):
+        found |= {(axis,) for axis in set().union(*stored)}
+    shapes = {
+        state: {info.shape for info in inputs if info.state == state}
+        for state in ("params", "optimizer")
+    }
+    if not shapes["params"] <= shapes["optimizer"]:
+        found.add(tuple(storage.params))
+    return found - {()}
+
+
+def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:
+    """The axes that two structures use differently; None if they differ otherwise."""
+    if a.schedule != b.schedule:
+        return None
+    pairs = [(x.axes, y.axes) for x, y in zip(a.rules, b.rules, strict=True)]
+    pairs += [
+        (getattr(a.storage, state), getattr(b.storage, state)) for state in STATES
+    ]
+    found: set[str] = set()
+    for one, other in pairs:
+        if one != other:
+            apart = set(one) ^ set(other)
+            found |= apart or set(one)
+    return frozenset(found)
+
+
+def distinct(
+    structure: Strategy, earlier: list[Strategy], sizes: np.ndarray
+) -> np.ndarray:
+    """Which meshes make this structure another than all earlier ones, bool[mesh]."""
+    new = np.ones(len(sizes), dtype=bool)
+    apart = {axes for e in earlier if (axes := _differing(structure, e)) is not None}
+    for axes in sorted(apart, key=sorted):
+        columns = [AXES.index(a) for a in sorted(axes)]
+        new &= (sizes[:, columns] > 1).any(axis=1)
+    return new
