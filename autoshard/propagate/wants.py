@@ -280,10 +280,13 @@ class Wants:
                 used.update(want)
         for f, cls in enumerate(classes) if self.weak else ():
             want = self.weak.get(cls)
-            if want is None or axes[f] or not rule.divisible[f]:
+            if want is None or not rule.divisible[f]:
                 continue
-            if used.isdisjoint(want) and _some_has(rule, operands, f, want):
-                axes[f] = want
+            if axes[f] != self._strong_axes(cls):
+                continue  # fixed otherwise, or another factor has taken them
+            together = (*axes[f], *want)
+            if used.isdisjoint(want) and _some_has(rule, operands, f, together):
+                axes[f] = together
                 used.update(want)
         return tuple(axes)
 
