@@ -139,6 +139,24 @@ def test_three_projections_share_one_gather():
     assert len({r.value for r in gathers}) == 1
 
 
+def test_what_a_residual_rule_shards_beyond_another_rule_stays_so_between_products():
+    """Where a rule cuts sequences over devices too, norms gather nothing."""
+
+    def fn(weights, x):
+        x = annotate(x, "batch", "seq", "embed")
+        scale = jax.lax.rsqrt((x**2).mean(axis=-1, keepdims=True))
+        return x + mlp(weights, x * scale)
+
+    weights = [MLP_WEIGHTS, ACTIVATIONS]
+    sharded = shard(fn, weights, {**SP, "seq": ("context",)})
+    assert collectives(sharded) == [
+        ("all_gather", "tensor", f"{FIRST} in0"),
+        ("reduce_scatter", "tensor", f"{SECOND} out0"),
+    ]
+    assert specs(sharded)["batch"] == (DATA, ("context", "tensor"), ())
+    assert collectives(sharded) == collectives(shard(fn, weights, SP))
+
+
 # -- data parallelism and ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054 --------
 
 UP_GRADIENT = "transpose(jvp())/dot_general#2 out0"
