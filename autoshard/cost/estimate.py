@@ -76,7 +76,11 @@ def matmul_dtype(program: Program, classes: DimClasses, work: Work) -> str:
 
 
 def estimate(
-    pricer: Pricer, cluster: Cluster, sizes: dict[str, int], flops: float
+    pricer: Pricer,
+    cluster: Cluster,
+    sizes: dict[str, int],
+    flops: float,
+    whole: Pricer | None = None,
 ) -> Estimate:
     """Prices one plan in full.
 
@@ -85,6 +89,8 @@ def estimate(
         cluster: Where it runs.
         sizes: Size per mesh axis.
         flops: Model FLOPs of one step, see `model_flops`.
+        whole: Of the program with all copies of its blocks, if `pricer` is of one
+            without most of them: its collectives are the ones spelled out.
 
     Returns:
         The estimate.
@@ -124,7 +130,7 @@ def estimate(
             total=total,
             capacity=round(cluster.hbm_bytes * MEMORY_HEADROOM),
         ),
-        collectives=tuple(_collectives(pricer, meshes)),
+        collectives=tuple(_collectives(whole or pricer, meshes)),
     )
 
 

@@ -7,6 +7,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,9 +76,13 @@ class Pricer:
         self.moves = unique_moves(sharded)
         self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
-        self.compute = Compute(sharded, work, self.local_bytes)
         self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
         self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
+
+    @cached_property
+    def compute(self) -> Compute:
+        """Its kernels, which take longer to find than all else."""
+        return Compute(self.sharded, self.work, self.local_bytes)
 
     def price(
         self,

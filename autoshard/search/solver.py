@@ -212,6 +212,7 @@ class Solver:
         budget_bytes: float = float("inf"),
     ) -> list[Plan]:
         plain, watch = self.space.sketch("none"), explored.watch
+        assert plain is not None
         certificate = Certificate(
             lower_bound_s=explored.lower_bound_s,
             gap=0.0,
@@ -225,14 +226,19 @@ class Solver:
         )
         found: list[Plan] = []
         for step_s, _, number, k in entries:
+            strategy = explored.groups[number].filled(k)
+            schedule = strategy.schedule
             plan = finish(
                 self.fn,
                 self.args,
                 self.cluster,
-                explored.groups[number].filled(k),
+                strategy,
                 certificate,
                 self.model_ref,
                 plain,
+                self.space.sketch(schedule.remat)
+                if schedule.microbatches == 1
+                else None,
             )
             memory = plan.predicted.memory
             if memory.total > min(memory.capacity, budget_bytes):
