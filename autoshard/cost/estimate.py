@@ -82,6 +82,7 @@ def estimate(
     cluster: Cluster,
     sizes: dict[str, int],
     flops: float,
+    whole: Pricer | None = None,
     pipeline: Pipeline | None = None,
     microbatches: int = 1,
 ) -> Estimate:
@@ -93,6 +94,8 @@ def estimate(
         cluster: Where it runs.
         sizes: Size per mesh axis.
         flops: Model FLOPs of one step, see `model_flops`.
+        whole: Of the program with all copies of its blocks, if `pricer` is of one
+            without most of them: its collectives are the ones spelled out.
         pipeline: How stages take turns, where there are several.
         microbatches: Of a step, where the program is traced without them.
 
@@ -102,7 +105,8 @@ def estimate(
     """
     row = np.array([[sizes.get(axis, 1) for axis in AXES]], dtype=np.int64)
     meshes, cuts = Meshes(cluster, row), np.full(1, float(microbatches))
-    pricer = pricer.on(frozenset(axis for axis, n in sizes.items() if n > 1))
+    active = frozenset(axis for axis, n in sizes.items() if n > 1)
+    whole, pricer = (whole or pricer).on(active), pricer.on(active)
     counted_s = None
     if pipeline:
         (prices,) = pricer.price_stages(cluster, row, cuts, [pipeline])
@@ -141,7 +145,7 @@ def estimate(
             total=total,
             capacity=round(cluster.hbm_bytes * MEMORY_HEADROOM),
         ),
-        collectives=tuple(_collectives(pricer, meshes, cuts, prices)),
+        collectives=tuple(_collectives(whole, meshes, cuts, prices)),
     )
 
 

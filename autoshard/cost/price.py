@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -94,9 +95,13 @@ class Pricer:
         self._padded = self._find_padded()
         self._of_axes = Moves(sharded, self.moves)
         self._along: dict[frozenset[str], Pricer] = {}
-        self.compute = Compute(sharded, work, self._of_axes, self.local_bytes)
         self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
         self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
+
+    @cached_property
+    def compute(self) -> Compute:
+        """Its kernels, which take longer to find than all else."""
+        return Compute(self.sharded, self.work, self._of_axes, self.local_bytes)
 
     def price(
         self,

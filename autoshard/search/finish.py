@@ -27,7 +27,7 @@ from autoshard.plan.sharded import OUTPUT, Layout, ShardedProgram
 from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
 from autoshard.search.pins import constraints
-from autoshard.search.reading import classes_of, read
+from autoshard.search.reading import Shallow, Sketch, classes_of, read
 from autoshard.search.record import records
 
 
@@ -38,7 +38,8 @@ def finish(
     strategy: Strategy,
     certificate: Certificate,
     model_ref: ModelRef | None,
-    plain: Any,
+    plain: Sketch,
+    sketch: Sketch | None = None,
 ) -> Plan:
     """Traces the step as the strategy wants it, and writes the plan down.
 
@@ -50,6 +51,7 @@ def finish(
         certificate: Of the search; its gap is completed here.
         model_ref: Recorded in the plan.
         plain: Sketch of the step without microbatches and remat, for model FLOPs.
+        sketch: Of the step as the strategy wants it, if there is one.
 
     Returns:
         The plan.
@@ -61,16 +63,23 @@ def finish(
         # Stages have microbatches of their own: the program is that of one.
         traced_cuts = 1 if pipeline else schedule.microbatches
         fn = fn.with_schedule(microbatches=traced_cuts, remat=schedule.remat)
-    traced = read(fn, args, strategy)
+    traced = sketch.traced if sketch else read(fn, args, strategy)
     classes = classes_of(traced, strategy, plain)
-    sharded = propagate(traced, classes, Layout.of(strategy, sizes))
-    pricer = Pricer(sharded, analyse(traced, classes))
+    layout = Layout.of(strategy, sizes)
+    sharded = propagate(traced, classes, layout)
+    whole = Pricer(sharded, analyse(traced, classes))
+    shallow = Shallow.of(traced, classes)
+    pricer = whole
+    if shallow.traced is not traced:
+        left = propagate(shallow.traced, shallow.classes, layout)
+        pricer = Pricer(left, shallow.work)
     flops = model_flops(plain.shallow.work, plain.shallow.classes)
     predicted = estimate(
         pricer,
         cluster,
         sizes,
         flops,
+        whole,
         pipeline,
         schedule.microbatches if pipeline else 1,
     )

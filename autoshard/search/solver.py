@@ -220,6 +220,7 @@ class Solver:
         budget_bytes: float = float("inf"),
     ) -> list[Plan]:
         plain, watch = self.space.sketch("none"), explored.watch
+        assert plain is not None
         certificate = Certificate(
             lower_bound_s=explored.lower_bound_s,
             gap=0.0,
@@ -234,6 +235,7 @@ class Solver:
         found: list[Plan] = []
         for step_s, _, number, k in entries:
             filled = explored.groups[number].filled(k)
+            schedule = filled.schedule
             plan = finish(
                 self.fn,
                 self.args,
@@ -242,6 +244,9 @@ class Solver:
                 certificate,
                 self.model_ref,
                 plain,
+                self.space.sketch(schedule.remat)
+                if schedule.microbatches == 1 or schedule.pipeline != "none"
+                else None,
             )
             memory = plan.predicted.memory
             if memory.total > min(memory.capacity, budget_bytes):

@@ -96,8 +96,8 @@ def test_gradients_are_the_same(remat, scan):
 
 
 def test_a_name_that_is_nowhere_is_an_error():
-    with pytest.raises(InputError, match=r"saves hiden.*it has hidden"):
-        trace(of_remat("save:hidden+hiden"), (BATCH,))
+    with pytest.raises(InputError, match=r"saves other.*it has hidden"):
+        trace(of_remat("save:hidden+other"), (BATCH,))
 
 
 @pytest.mark.parametrize("text", ["half", "save:", "save:a+", "", "dot"])
