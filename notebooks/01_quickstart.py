@@ -140,7 +140,7 @@ def batch_shape(batch, seq):
     return {"tokens": leaf, "targets": leaf}
 
 
-plan = ash.search(step, batch_shape(BATCH, SEQ), cluster="cpu:8")
+plan = ash.search(step, batch_shape(BATCH, SEQ), cluster="cpu:8", executable=True)
 plan
 
 # %% [markdown]
