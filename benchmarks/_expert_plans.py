@@ -20,6 +20,7 @@ from autoshard.cost.run import Layout, Recompute
 from autoshard.ir.errors import AutoshardError, InfeasibleError
 from autoshard.plan.schema import Plan
 from autoshard.plan.strategy import STATES
+from autoshard.search.explore import Explored
 from autoshard.search.solver import Solver
 from autoshard.validation.rows import Row
 
@@ -45,7 +46,8 @@ class Priced:
     Attributes:
         degrees: Devices by what they are used for.
         choices: What else tells it from other plans.
-        step_s: Seconds a step.
+        step_s: Seconds a step; of a plan with its microbatches traced.
+        searched_s: The same as the search prices it.
         terms_s: What they are made of.
         peak_bytes: Of a chip.
     """
@@ -53,6 +55,7 @@ class Priced:
     degrees: dict[str, int]
     choices: dict[str, Any]
     step_s: float
+    searched_s: float
     terms_s: dict[str, float]
     peak_bytes: float
 
@@ -203,7 +206,7 @@ def compare(
                     solver = Solver(step, (batch,), chips, strategy)
                 solver = solver.on(chips)
                 plan, why = _plan(solver)
-                found = _priced(plan) if plan else None
+                found = _priced(plan, solver.explored(KEPT)) if plan else None
                 best[chips.fingerprint] = solver, found, why
             same = chips.fingerprint, *pins.values()
             if same not in known:
@@ -225,7 +228,8 @@ def _compared(
         plan = pinned.smaller(float("inf"))
     except AutoshardError as error:
         return Compared(row, None, False, found, numbers_s, str(error))
-    published = _priced(plan) if plan else _too_large(pinned)
+    explored = pinned.explored()
+    published = _priced(plan, explored) if plan else _too_large(explored)
     return Compared(row, published, plan is not None, found, numbers_s, why)
 
 
@@ -239,21 +243,19 @@ def _plan(solver: Solver) -> tuple[Plan | None, str]:
         return None, str(error)
 
 
-def _too_large(solver: Solver) -> Priced:
-    """The smallest candidate of a solver of which none fits."""
-    groups = solver.explored().groups
+def _too_large(explored: Explored) -> Priced:
+    """The smallest of candidates of which none fits."""
     peak, number, k = min(
         (float(peak), number, k)
-        for number, group in enumerate(groups)
+        for number, group in enumerate(explored.groups)
         for k, peak in enumerate(group.peak_bytes)
     )
-    group = groups[number]
-    degrees, choices = _described(group.filled(k))
-    return Priced(degrees, choices, float(group.step_s[k]), {}, peak)
+    group = explored.groups[number]
+    step_s = float(group.step_s[k])
+    return Priced(*_described(group.filled(k)), step_s, step_s, {}, peak)
 
 
-def _priced(plan: Plan) -> Priced:
-    degrees, choices = _described(plan.strategy)
+def _priced(plan: Plan, explored: Explored) -> Priced:
     predicted = plan.predicted
     terms = {words: getattr(predicted, name) for name, words in TERMS.items()}
     if abs(sum(terms.values()) - predicted.step_s) > 1e-6 * predicted.step_s:
@@ -261,9 +263,14 @@ def _priced(plan: Plan) -> Priced:
             f"the terms {', '.join(TERMS)} add up to {sum(terms.values()):.6g} s and "
             f"the step takes {predicted.step_s:.6g} s: add what is missing to TERMS"
         )
-    return Priced(
-        degrees, choices, predicted.step_s, terms, float(predicted.memory.total)
+    searched_s = next(
+        step_s
+        for step_s, _, number, k in explored.ranked
+        if explored.groups[number].filled(k) == plan.strategy
     )
+    memory = float(predicted.memory.total)
+    described = _described(plan.strategy)
+    return Priced(*described, predicted.step_s, searched_s, terms, memory)
 
 
 def _described(strategy: Any) -> tuple[dict[str, int], dict[str, Any]]:
