@@ -7,11 +7,22 @@ import itertools
 import numpy as np
 
 from autoshard.ir.mesh import AXES
+from autoshard.ir.trace import Traced
 from autoshard.plan.sharded import ShardedProgram
 from autoshard.plan.strategy import STATES, Strategy
 
 
-def felt(sharded: ShardedProgram, structure: Strategy) -> set[tuple[str, ...]]:
+def state_dims(sharded: ShardedProgram) -> frozenset[tuple[str, ...]]:
+    """The axes that rules shard dims of state with, dim by dim."""
+    pairs = zip(sharded.traced.inputs, sharded.compute, strict=True)
+    return frozenset(
+        dim for info, dims in pairs if info.state != "data" for dim in dims if dim
+    )
+
+
+def felt(
+    structure: Strategy, traced: Traced, state: frozenset[tuple[str, ...]]
+) -> set[tuple[str, ...]]:
     """Axes such that propagation may decide otherwise if all of them have one device.
 
     Where state is stored depends on which of its dims are taken. An update runs as its
@@ -20,24 +31,22 @@ def felt(sharded: ShardedProgram, structure: Strategy) -> set[tuple[str, ...]]:
     (tests/search/test_solver.py).
 
     Args:
-        sharded: The structure propagated.
         structure: Rules and storage.
+        traced: The program.
+        state: From `state_dims`.
     """
-    storage, inputs = structure.storage, sharded.traced.inputs
-    found: set[tuple[str, ...]] = set()
-    for info, dims in zip(inputs, sharded.compute, strict=True):
-        if info.state != "data":
-            found |= set(dims)
+    storage = structure.storage
+    found = set(state)
     stored = [set(getattr(storage, state)) for state in STATES]
     if not all(a <= b for a, b in itertools.pairwise(stored)):
         found |= {(axis,) for axis in set().union(*stored)}
-    shapes = {
-        state: {info.shape for info in inputs if info.state == state}
+    params, optimizer = (
+        {info.shape for info in traced.inputs if info.state == state}
         for state in ("params", "optimizer")
-    }
-    if not shapes["params"] <= shapes["optimizer"]:
+    )
+    if not params <= optimizer and storage.params:
         found.add(tuple(storage.params))
-    return found - {()}
+    return found
 
 
 def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:

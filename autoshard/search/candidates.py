@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from autoshard.plan.sharded import Layout
 from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
 from autoshard.search import space
-from autoshard.search.alike import distinct, felt
+from autoshard.search.alike import distinct, felt, state_dims
 from autoshard.search.divisible import batch_divides, divisible
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.reading import Sketch, fixed_sizes
@@ -70,6 +71,7 @@ class Space:
     def __post_init__(self) -> None:
         self._sketches: dict[str, Sketch | None] = {}
         self._pricers: dict[Any, Pricer] = {}
+        self._state_dims: dict[Any, frozenset[tuple[str, ...]]] = {}
 
     def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
         """The program traced without microbatches, with or without remat."""
@@ -226,9 +228,10 @@ class Space:
                 known[:] = False
             ask = np.flatnonzero(new & ~known)
             known[ask] = True
-            for pricer, rows in self._parts(first, sketch, grid, ask):
-                floor_s[rows] = _floor_s(
-                    pricer, cluster, grid[rows], cuts[rows], batch, hows
+            if len(ask):
+                pricer = self._pricer(first, sketch)
+                floor_s[ask] = _floor_s(
+                    pricer, cluster, grid[ask], cuts[ask], batch, hows
                 )
             here = new & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
@@ -250,8 +253,8 @@ class Space:
                     rows = rows[small]
                 parts.append((pricer, grid[rows], cuts[rows]))
             limit_s = watch.step_s if bounded else float("inf")
-            pricer = self._pricer(structure, sketch)
-            found, left = price(pricer, structure, cluster, parts, hows, limit_s)
+            propagated = partial(self._pricer, structure, sketch)
+            found, left = price(propagated, structure, cluster, parts, hows, limit_s)
             watch.indivisible += left.uncut
             watch.pruned += left.slower
             yield found
@@ -262,22 +265,23 @@ class Space:
         """Some rows of a grid of mesh sizes, by what prices them.
 
         Where an axis has one device the structure is what it is without the axis. As a
-        rule it need not be propagated again for that: nothing else changes.
+        rule it need not be propagated again for that: along the others it is the same.
         """
-        if not len(rows):
-            return
-        pricer = self._pricer(structure, sketch)
-        plain = np.ones(len(rows), dtype=bool)
-        for together in felt(pricer.sharded, structure):
-            columns = [AXES.index(axis) for axis in together]
-            plain &= (grid[rows][:, columns] > 1).any(axis=1)
-        if plain.any():
-            yield pricer, rows[plain]
-        rest = rows[~plain]
-        patterns, which = np.unique(grid[rest] > 1, axis=0, return_inverse=True)
-        for k, pattern in enumerate(patterns):
-            active = frozenset(a for a, many in zip(AXES, pattern, strict=True) if many)
-            yield self._pricer(structure, sketch, active), rest[which.ravel() == k]
+        schedule = structure.schedule
+        if (schedule.remat, structure.rules) not in self._state_dims:
+            dims = state_dims(self._pricer(structure, sketch).sharded)
+            self._state_dims[schedule.remat, structure.rules] = dims
+        dims = self._state_dims[schedule.remat, structure.rules]
+        together = sorted(felt(structure, sketch.traced, dims))
+        columns = [[AXES.index(axis) for axis in axes] for axes in together]
+        lacks = np.array([(grid[rows][:, c] == 1).all(axis=1) for c in columns])
+        bits = (1 << np.arange(len(together))) @ lacks.reshape(len(together), len(rows))
+        for pattern in np.unique(bits).tolist():
+            lacking = {
+                a for k, own in enumerate(together) if pattern >> k & 1 for a in own
+            }
+            active = frozenset(AXES) - lacking
+            yield self._pricer(structure, sketch, active), rows[bits == pattern]
 
     def _pricer(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ class Candidates:
 
     Attributes:
         strategy: The structure.
-        pricer: It propagated.
+        propagated: What gives it propagated for all axes, and its pricer.
         sizes: Mesh sizes, int64[candidate, axis].
         cuts: Microbatches, int64[candidate].
         step_s: Seconds a step, float64[candidate].
@@ -35,12 +35,17 @@ class Candidates:
     """
 
     strategy: Strategy
-    pricer: Pricer
+    propagated: Callable[[], Pricer]
     sizes: np.ndarray
     cuts: np.ndarray
     step_s: np.ndarray
     peak_bytes: np.ndarray
     staged: tuple[tuple[Cut, np.ndarray], ...] = ()
+
+    @property
+    def pricer(self) -> Pricer:
+        """What prices it where all its axes have several devices."""
+        return self.propagated()
 
     def staging(self, k: int) -> tuple[Pipeline, tuple[int, ...]] | None:
         """How a candidate is cut: its pipeline and blocks; None with one stage."""
@@ -153,7 +158,7 @@ class Left:
 
 
 def price(
-    pricer: Pricer,
+    propagated: Callable[[], Pricer],
     structure: Strategy,
     cluster: Cluster,
     parts: Sequence[tuple[Pricer, np.ndarray, np.ndarray]],
@@ -163,7 +168,7 @@ def price(
     """Prices candidates: those of one stage, then those of several.
 
     Args:
-        pricer: Of the structure.
+        propagated: What gives the structure propagated, and its pricer.
         structure: A strategy in which only sizes and microbatches are holes.
         cluster: Where.
         parts: What prices some candidates, their mesh sizes, int64[candidate, axis],
@@ -205,7 +210,7 @@ def price(
     kept, pieces, times, peaks = columns
     candidates = Candidates(
         strategy=structure,
-        pricer=pricer,
+        propagated=propagated,
         sizes=kept,
         cuts=pieces,
         step_s=times,
