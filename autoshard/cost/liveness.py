@@ -112,12 +112,8 @@ class Liveness:
         return table
 
     def held_bytes(self, meshes: Meshes) -> Vector:
-        """Bytes of all arguments on one device: the peak is not below them.
-
-        Of several pipeline stages the fullest has no less than the average one.
-        """
-        whole = sum(self.state_bytes(meshes).values(), np.zeros(len(meshes)))
-        return whole / meshes.product(frozenset(["stage"]))
+        """Bytes of all arguments on one device: the peak is not below them."""
+        return sum(self.state_bytes(meshes).values(), np.zeros(len(meshes)))
 
     def memory(
         self,

@@ -347,15 +347,15 @@ class Pricer:
         whole = found + exposed_s(
             cluster.kind, self.constants, none, none, none, between
         )
-        stages, zero_bubble = (
-            meshes.product(STAGE),
-            self.constants["pipeline.zero_bubble"],
-        )
+        if not pipelines:
+            return whole
+        stages = meshes.product(STAGE)
+        zero_bubble = self.constants["pipeline.zero_bubble"]
         waits = [
             bubble_share(how.schedule, stages, microbatches, zero_bubble) / how.virtual
             for how in pipelines
         ]
-        least = np.minimum.reduce(waits) if waits else none
+        least = np.minimum.reduce(waits)
         return whole / stages * (1 + least * (stages - 1) / microbatches)
 
     def local_bytes(

@@ -217,8 +217,8 @@ class Plan(Record):
     @property
     def not_executable(self) -> tuple[str, ...]:
         """What of the plan is priced but cannot be run yet, in words."""
-        stages = self.sizes["stage"]
-        return (f"{stages} pipeline stages",) if stages > 1 else ()
+        piped = self.strategy.schedule.pipeline != "none"
+        return (f"{self.sizes['stage']} pipeline stages",) if piped else ()
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, whole or not at all; see `plan.files.save_plan`.

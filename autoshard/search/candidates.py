@@ -138,7 +138,8 @@ class Space:
         rows = space.meshes(strategy, cluster)
         sketch = self.sketch("none")
         assert sketch is not None
-        rows = _staged_as_can_be(rows, strategy, sketch.shallow.work.segments)
+        if self.pipelines(strategy):
+            rows = _staged_as_can_be(rows, strategy, sketch.shallow.work.segments)
         for axis, size in fixed_sizes(sketch).items():
             column = rows[:, AXES.index(axis)]
             if not (column == size).any():
@@ -150,6 +151,24 @@ class Space:
                 )
             rows = rows[column == size]
         return rows
+
+    def pipelines(self, strategy: Strategy) -> tuple[Pipeline, ...]:
+        """How stages may take turns, unless the program has uses of its own for them.
+
+        Where it is written for a `stage` axis itself, that is an axis like any other.
+        """
+        sketch = self.sketch("none")
+        assert sketch is not None
+        aliases = sketch.classes.aliases
+        named = {
+            axis
+            for seed in sketch.traced.seeds
+            for dim in seed.canonical(aliases).dims
+            for axis in dim or ()
+        }
+        if "stage" in named or "stage" in fixed_sizes(sketch):
+            return ()
+        return space.pipelines(strategy)
 
     def candidates(
         self, strategy: Strategy, cluster: Cluster
@@ -209,7 +228,7 @@ class Space:
         cuts: np.ndarray,
     ) -> Iterator[Candidates]:
         required = strategy.schedule.remat != "auto"
-        batch, hows = self.batch(), space.pipelines(strategy)
+        batch, hows = self.batch(), self.pipelines(strategy)
         earlier: list[Strategy] = []
         family: Any = None
         floor_s = np.zeros(len(grid))
@@ -248,6 +267,8 @@ class Space:
                 rows = rows[fits]
                 if bounded:
                     held = pricer.liveness.held_bytes(Meshes(cluster, grid[rows]))
+                    if hows:  # the fullest stage has no less than the average one
+                        held = held / grid[rows, STAGE]
                     small = held <= watch.bytes_
                     watch.too_large += int((~small).sum())
                     rows = rows[small]
@@ -308,9 +329,7 @@ def _staged_as_can_be(
         InfeasibleError: The strategy fixes more stages than that.
     """
     stages = rows[:, STAGE]
-    if strategy.mesh.get("stage", 1) == 1:
-        return rows
-    most = segments.blocks if space.pipelines(strategy) else 1
+    most = segments.blocks
     if not (stages <= most).any():
         why = f": {segments.why}" if segments.why else ""
         raise InfeasibleError(

@@ -58,7 +58,7 @@ def finish(
     """
     schedule, sizes = strategy.schedule, _sizes(strategy)
     assert schedule.microbatches != "auto"
-    pipeline = _pipeline(strategy) if sizes.get("stage", 1) > 1 else None
+    pipeline = _pipeline(strategy) if schedule.pipeline != "none" else None
     if isinstance(fn, TrainStep):
         # Stages have microbatches of their own: the program is that of one.
         traced_cuts = 1 if pipeline else schedule.microbatches

@@ -173,7 +173,8 @@ def price(
         cluster: Where.
         parts: What prices some candidates, their mesh sizes, int64[candidate, axis],
             and their microbatches, int64[candidate].
-        pipelines: How the stages of those that have several may take turns.
+        pipelines: How the stages of those that have several may take turns; without
+            any, `stage` is an axis like any other.
         limit_s: Slower ones are not wanted.
 
     Returns:
@@ -192,14 +193,14 @@ def price(
         return at
 
     for by, sizes, cuts in parts:
-        plain = sizes[:, STAGE] == 1
+        plain = (sizes[:, STAGE] == 1) | (not pipelines)
         if plain.any():
             rows, counts = sizes[plain], cuts[plain]
             take(rows, counts, by.price(cluster, rows, counts.astype(float), limit_s))
     staged = []
     for by, sizes, cuts in parts:
         several = sizes[:, STAGE] > 1
-        if several.any():
+        if several.any() and pipelines:
             rows, counts = sizes[several], cuts[several]
             for prices in by.price_stages(
                 cluster, rows, counts.astype(float), pipelines, limit_s

@@ -239,23 +239,13 @@ _VIRTUAL = (2, 4)
 
 
 def pipelines(strategy: Strategy) -> tuple[Pipeline, ...]:
-    """How stages may take turns; none where the strategy has one stage.
+    """How stages may take turns; none where the strategy has no pipeline.
 
-    Raises:
-        InputError: The strategy fixes stages and no schedule for them, or parts of
-            stages that add up to none of its sizes.
+    Without one, `stage` is an axis like any other.
     """
-    schedule, stages = strategy.schedule, strategy.mesh.get("stage", 1)
-    if stages == 1:
+    schedule = strategy.schedule
+    if strategy.mesh.get("stage", 1) == 1 or schedule.pipeline == "none":
         return ()
-    if schedule.pipeline == "none":
-        if stages == "auto":
-            return ()
-        raise InputError(
-            f"stage = {stages}{strategy.where('stage')} is fixed, but pipeline = "
-            f"'none'{strategy.where('pipeline')}: no schedule says how stages take "
-            "turns. Set pipeline = 'auto', '1f1b' or another one, or stage = 1."
-        )
     names = _PIPELINES if schedule.pipeline == "auto" else (schedule.pipeline,)
     parts = (1, *_VIRTUAL) if schedule.virtual == "auto" else (schedule.virtual,)
     vocabs = ("ends", "spread") if schedule.vocab == "auto" else (schedule.vocab,)
@@ -273,7 +263,7 @@ def executable(strategy: Strategy) -> Strategy:
         InputError: It fixes something of that.
     """
     stages = strategy.mesh.get("stage", 1)
-    if stages == 1:
+    if stages == 1 or strategy.schedule.pipeline == "none":
         return strategy
     if stages != "auto":
         raise InputError(

@@ -99,7 +99,6 @@ def test_what_cannot_be_run_is_refused_and_left_out():
     ("pins", "kind", "said"),
     [
         ({"stage": 16}, InfeasibleError, "stage = 16.*more stages than.*blocks.* 4"),
-        ({"stage": 2, "pipeline": "none"}, InputError, "stage = 2.*pipeline = 'none'"),
         (
             {"stage": 2, "pipeline": "1f1b", "blocks": (1, 1)},
             InputError,
@@ -115,6 +114,16 @@ def test_what_cannot_be_run_is_refused_and_left_out():
 def test_stages_that_cannot_be(pins, kind, said):
     with pytest.raises(kind, match=said):
         pinned(**pins).plans()
+
+
+def test_without_a_pipeline_stage_is_an_axis_like_any_other():
+    pins = {"stage": 2, "pipeline": "none", "rules.mlp": "stage", "data": 8}
+    [plan] = pinned(**pins).plans()
+    assert plan.sizes["stage"] == 2
+    assert plan.strategy.schedule.pipeline == "none"
+    assert not plan.not_executable
+    up = next(t for t in plan.tensors if t.path == "params/blocks/mlp/up")
+    assert "stage" in {axis for dim in up.compute.dims for axis in dim}
 
 
 def test_a_program_without_blocks_has_one_stage():
