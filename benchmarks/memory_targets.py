@@ -99,7 +99,12 @@ def run(case: Case, kind: str) -> dict[str, Any]:
     try:
         resolved = api.resolve(ref, layers=layers)
         plan = api.search(
-            resolved.step, resolved.batch, cluster=chips, strategy=policy, model_ref=ref
+            resolved.step,
+            resolved.batch,
+            cluster=chips,
+            strategy=policy,
+            model_ref=ref,
+            executable=True,
         )
         found = api.verify_plan(resolved.step, plan)
     except AutoshardError as error:

@@ -185,7 +185,11 @@ def _compared(
     import autoshard as ash
 
     plan = ash.search(
-        case.step, *case.abstract_args, cluster=SMALL_CLUSTER, strategy=strategy
+        case.step,
+        *case.abstract_args,
+        cluster=SMALL_CLUSTER,
+        strategy=strategy,
+        executable=True,
     )
     is_train_step = isinstance(case.step, ash.TrainStep)
     if is_train_step:

@@ -106,7 +106,12 @@ def run(spec: str, model: str, variant: str, strategy: str) -> dict[str, Any]:
     try:
         resolved = api.resolve(ref)
         plan = api.search(
-            resolved.step, resolved.batch, cluster=chips, strategy=policy, model_ref=ref
+            resolved.step,
+            resolved.batch,
+            cluster=chips,
+            strategy=policy,
+            model_ref=ref,
+            executable=True,
         )
         found = api.verify_plan(resolved.step, plan)
     except AutoshardError as error:

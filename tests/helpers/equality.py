@@ -19,6 +19,7 @@ from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy, plan_from_json, plan_to_json
 from autoshard.plan.strategy import Strategy
 from autoshard.search import search_plans
+from autoshard.search.space import executable
 
 BATCH, SEQ, STEPS = 16, 32, 3
 
@@ -107,7 +108,8 @@ def run_and_compare(
 ) -> dict[str, Any]:
     """Searches, saves, loads, runs; returns the worst relative difference by kind."""
     step, expected = reference(name, scan)
-    [plan] = search_plans(step, (abstract_batch(),), cluster(chips), strategy)
+    only = executable(strategy)
+    [plan] = search_plans(step, (abstract_batch(),), cluster(chips), only)
     text = plan_to_json(plan)
     loaded = plan_from_json(text)
     parallel = parallelize(step, loaded)

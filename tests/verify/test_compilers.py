@@ -41,7 +41,12 @@ def verified(spec, strategy, *, model="llama3-tiny", batch=16, seq=64, **mesh):
     policy = api.load_strategy(strategy)
     policy = policy.model_copy(update={"mesh": {**policy.mesh, **mesh}})
     plan = api.search(
-        resolved.step, resolved.batch, cluster=spec, strategy=policy, model_ref=ref
+        resolved.step,
+        resolved.batch,
+        cluster=spec,
+        strategy=policy,
+        model_ref=ref,
+        executable=True,
     )
     return api.verify_plan(resolved.step, plan)
 
