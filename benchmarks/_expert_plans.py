@@ -28,8 +28,13 @@ TERMS = {
     "matmul_s": "products",
     "memory_bound_s": "other kernels",
     "collective_s": "collectives",
+    "bubble_s": "bubble",
+    "transfer_s": "transfers between stages",
 }
 """Fields of an estimate that add up to its seconds, and what they are called."""
+
+SCHEDULES = {"1f1b": "1f1b", "interleaved": "1f1b", "zb-h1": "zb-h1", "zb-2p": "zb-h2"}
+"""Plans' pipelines by the schedules of published runs whose stages have one part."""
 
 KEPT = 5
 """As many candidates as `Solver.plans` asks for, which then finds them priced."""
@@ -126,8 +131,8 @@ def pins_of(layout: Layout, axes: Sequence[str]) -> dict[str, Any]:
     """
     if layout.stage > 1 and "stage" not in axes:
         raise NotExpressedError("pipeline stages")
-    if layout.virtual > 1 or layout.schedule not in ("1f1b", "interleaved"):
-        raise NotExpressedError("a pipeline schedule other than 1F1B")
+    if layout.stage > 1 and layout.schedule not in SCHEDULES:
+        raise NotExpressedError(f"the pipeline schedule {layout.schedule}")
     if layout.microbatches != int(layout.microbatches) or layout.microbatch < 1:
         raise NotExpressedError("fewer sequences in a microbatch than replicas")
     whole = (Recompute.full(True), Recompute.full(False))
@@ -143,6 +148,9 @@ def pins_of(layout: Layout, axes: Sequence[str]) -> dict[str, Any]:
     }
     if "stage" in axes:
         found["stage"] = layout.stage
+    if layout.stage > 1:
+        name = "interleaved" if layout.virtual > 1 else SCHEDULES[layout.schedule]
+        found |= {"pipeline": name, "virtual": layout.virtual}
     fsdp, over = _sharded(layout)
     found |= {"data": layout.data // fsdp, "fsdp": fsdp}
     for level, state in zip((3, 2, 1), STATES, strict=True):

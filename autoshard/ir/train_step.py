@@ -168,8 +168,15 @@ class TrainStep:
     @cached_property
     def _abstract_state(self) -> TrainState:
         if self._is_nnx:
-            parts = [nnx.to_pure_dict(part) for part in self._abstract[1:]]
-            state = build(lambda: self._fresh(*parts), jax.eval_shape)[0]
+            params, rest = (nnx.to_pure_dict(part) for part in self._abstract[1:])
+
+            def fresh() -> TrainState:
+                # An optimizer computes with what it is given, which shapes alone do not
+                # allow.
+                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+                return self._fresh(zeros, rest)
+
+            state = build(fresh, jax.eval_shape)[0]
         else:
             state = build(lambda: self.init(0), jax.eval_shape)[0]
         # Under a mesh with Explicit axes shapes come with shardings nobody asked for.

@@ -237,3 +237,17 @@ def test_a_schedule_leaves_the_rest_alone():
     cut = step.with_schedule(microbatches=4, remat="full")
     assert isinstance(cut, TrainStep)
     assert (cut.microbatches, cut.remat, cut.loss_fn) == (4, "full", step.loss_fn)
+
+
+def test_an_optimizer_may_compute_with_the_parameters_it_is_given():
+    def init(params):
+        return jax.tree.map(lambda x: x.astype(jnp.float32) * 2, params)
+
+    doubled = optax.GradientTransformation(init, lambda g, s, params=None: (g, s))
+
+    def loss(model, batch):
+        return (model(batch) ** 2).mean()
+
+    step = train_step(loss, doubled, model=lambda rngs: nnx.Linear(4, 2, rngs=rngs))
+    shapes = jax.tree.map(lambda x: x.shape, step.abstract_state().opt_state)
+    assert shapes == jax.tree.map(lambda x: x.shape, step.abstract_state().params)

@@ -83,8 +83,26 @@ def test_what_no_plan_expresses_is_said(layout, reason):
 
 
 def test_a_row_left_out_is_given_back_with_its_reason(published):
-    row = published["zero_bubble", 2]
-    assert list(_expert_plans.compare([row], [1.0])) == [(row, "pipeline stages")]
+    row = published[TRACED[0]]
+    frozen = replace(row.run, layout=replace(row.run.layout, frozen=True))
+    row = replace(row, run=frozen)
+    told = [(row, "frozen weights (LoRA)")]
+    assert list(_expert_plans.compare([row], [1.0])) == told
+
+
+def test_a_pipeline_becomes_the_fields_that_make_it():
+    axes = ("stage", "data", "fsdp", "context", "tensor")
+    for schedule, virtual, name in [
+        ("1f1b", 1, "1f1b"),
+        ("interleaved", 2, "interleaved"),
+        ("zb-2p", 1, "zb-h2"),
+    ]:
+        layout = Layout(stage=4, schedule=schedule, virtual=virtual, microbatches=8)
+        pins = _expert_plans.pins_of(layout, axes)
+        assert (pins["stage"], pins["pipeline"]) == (4, name)
+        assert pins["virtual"] == virtual
+    with pytest.raises(_expert_plans.NotExpressedError, match="zb-1p"):
+        _expert_plans.pins_of(Layout(stage=4, schedule="zb-1p"), axes)
 
 
 def test_the_grid_is_priced_as_its_layouts_are(published):
