@@ -29,7 +29,8 @@ def normal(*shape):
 
 def checked(step, batch, cluster, **asked):
     """A plan whose sizes multiply, whose dims divide and whose state adds up."""
-    plan = ash.search(step, batch, cluster=cluster, **asked)
+    # Of one stage: then every chip has a part of all state.
+    plan = ash.search(step, batch, cluster=cluster, **{"executable": True, **asked})
     assert math.prod(plan.sizes.values()) == plan.cluster.num_chips
     held = {"params": 0, "optimizer": 0}
     for tensor in plan.tensors:
