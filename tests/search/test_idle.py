@@ -22,7 +22,8 @@ from autoshard.propagate import propagate
 from autoshard.search import space
 from autoshard.search.candidates import Space
 
-PARTS = [field.name for field in dataclasses.fields(Prices)]
+OF_STAGES = ("cut", "slowest_share")
+PARTS = [f.name for f in dataclasses.fields(Prices) if f.name not in OF_STAGES]
 CI, ALL = range(7), range(60)
 ZOO = [
     ("llama3-tiny", "auto", "h100:8"),
@@ -63,14 +64,16 @@ def compared(everything, strategy, chips, every=1):
     count = passed = 0
     remats = strategy.schedule.remat != "auto"
     rows = sorted(everything.meshes(strategy, chips).tolist())
+    rows = [row for row in rows if row[0] == 1]  # one stage: `price` is of these
     for structure in itertools.islice(space.structures(strategy), 0, None, every):
         sketch = everything.sketch(structure.schedule.remat, required=remats)
         if sketch is None:
             continue
 
         def pricer(one, sketch=sketch):
-            there = propagate(sketch.traced, sketch.classes, Layout.of(one))
-            return Pricer(there, sketch.work)
+            left = sketch.shallow
+            there = propagate(left.traced, left.classes, Layout.of(one))
+            return Pricer(there, left.work)
 
         whole = pricer(structure)
         for idle, same in itertools.groupby(sorted(rows, key=_pattern), key=idle_in):
