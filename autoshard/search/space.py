@@ -83,10 +83,11 @@ def _storage_domain(
         if rising:
             found.append(chosen)
     if plain and len(holes) == len(STATES):
-        found += [
+        in_groups = [
             Storage(params=(), gradients=summed, optimizer=plain)
             for summed in ((), plain)
         ]
+        found += [stored for stored in in_groups if stored not in found]
     return found
 
 

@@ -90,6 +90,11 @@ def allowed_storage(mesh, asked, chosen):
         for n in (1, 2, 3)
     ]
     holes = [s for s in STATES if asked[s] == "auto"]
+    if len(holes) == 3 and "fsdp" in mesh:
+        # ZeRO-1 and ZeRO-2 in groups of replicas: parameters whole.
+        in_groups = [((), (), ("fsdp",)), ((), ("fsdp",), ("fsdp",))]
+        if tuple(chosen[s] for s in STATES) in in_groups:
+            return True
     for state, axes in chosen.items():
         within = cumulative[:2] if state == "params" else cumulative
         if axes not in (within if state in holes else [asked[state]]):
