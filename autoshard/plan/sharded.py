@@ -276,6 +276,8 @@ class ShardedProgram:
         exchanges: Data that ops move by themselves.
         delayed: Partial sums that are added before they are reduced.
         conflicts: Wishes that could not all be met.
+        asked: `(size, axes)` pairs that decided something by whether they divide. On
+            meshes that answer alike the layout does the same.
     """
 
     traced: Traced
@@ -294,3 +296,4 @@ class ShardedProgram:
     exchanges: tuple[Exchange, ...] = ()
     delayed: tuple[Delayed, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
+    asked: frozenset[tuple[int, tuple[str, ...]]] = frozenset()

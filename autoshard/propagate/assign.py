@@ -125,6 +125,7 @@ class _Propagation(Decisions):
             exchanges=tuple(self.exchanges),
             delayed=self.sums.delayed,
             conflicts=tuple(self.wants.conflicts),
+            asked=frozenset(self.wants.asked),
         )
 
     def _place_inputs(self) -> tuple[Dims, ...]:
@@ -287,9 +288,9 @@ class _Propagation(Decisions):
 
     def _divided(self, value: int, spec: Dims) -> Dims:
         """A result's spec without axes that do not divide it, as JAX pads no result."""
-        shape, size = self.program.values[value].shape, self.layout.size
+        shape = self.program.values[value].shape
         target = tuple(
-            dim if n % size(dim) == 0 else ()
+            dim if self.wants.divides(n, dim) else ()
             for n, dim in zip(shape, spec, strict=True)
         )
         if target != spec:

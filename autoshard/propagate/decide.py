@@ -139,7 +139,7 @@ class Decisions:
                 axes = self._op_axes(op, rule)
         else:
             axes = self._op_axes(op, rule)
-        axes = sound(op, rule, axes, self.layout)
+        axes = sound(op, rule, axes, self.wants.divides)
         if natural is None:
             natural = natural_dims(rule, axes)
         pins: list[str] = []
@@ -159,7 +159,7 @@ class Decisions:
     def _divides(self, rule: FactorRule, axes: Dims) -> bool:
         """Whether what is stored divides further on, too, where sizes are known."""
         return all(
-            rule.sizes[f] % self.layout.size(wanted) == 0
+            self.wants.divides(rule.sizes[f], wanted)
             for f, wanted in enumerate(axes)
             if wanted
         )

@@ -5,39 +5,43 @@ Each case was seen with JAX 0.10.2 to 0.12, and tests/lower/test_partitioner.py 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from autoshard.ir.values import Op
-from autoshard.plan.sharded import Dims, Layout
+from autoshard.plan.sharded import Dims
 from autoshard.rules import FactorRule
 from autoshard.rules.foreign import runs_by_parts
 
+Divides = Callable[[int, tuple[str, ...]], bool]
 
-def sound(op: Op, rule: FactorRule, axes: Dims, layout: Layout) -> Dims:
+
+def sound(op: Op, rule: FactorRule, axes: Dims, divides: Divides) -> Dims:
     """The axes per factor that an op can run with, of those that it was to run with.
 
     Args:
         op: Any op.
         rule: Its rule.
         axes: Mesh axes per factor.
-        layout: Has the sizes of the axes, where they are known.
+        divides: Whether a size divides over axes.
 
     Returns:
         Mesh axes per factor, some of them left out.
     """
     if runs_by_parts(op, rule):  # the parts of a `shard_map` are equal
-        return _divided(rule, axes, layout, {*rule.kinds})
+        return _divided(rule, axes, divides, {*rule.kinds})
     if rule.op_kind == "scatter":
         # Where its updates are padded, the padding may be added up, too, on a mesh with
         # one more axis.
-        return _divided(rule, axes, layout, {"reduce"})
+        return _divided(rule, axes, divides, {"reduce"})
     if op.primitive == "conv_general_dilated":
         return _convolved(rule, axes)
     return axes
 
 
-def _divided(rule: FactorRule, axes: Dims, layout: Layout, kinds: set[str]) -> Dims:
+def _divided(rule: FactorRule, axes: Dims, divides: Divides, kinds: set[str]) -> Dims:
     """Without axes over which a factor of some kinds does not divide."""
     return tuple(
-        () if kind in kinds and size % layout.size(wanted) else wanted
+        () if kind in kinds and not divides(size, wanted) else wanted
         for size, wanted, kind in zip(rule.sizes, axes, rule.kinds, strict=True)
     )
 

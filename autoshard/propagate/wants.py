@@ -35,6 +35,7 @@ class Wants:
         manual: Regions in which every device works by itself.
         conflicts: Rules that meet in one class.
         notes: Leaves that could not be stored as asked, in words.
+        asked: What `divides` was asked.
     """
 
     def __init__(self, traced: Traced, classes: DimClasses, layout: Layout) -> None:
@@ -44,6 +45,7 @@ class Wants:
         self.weak: dict[int, Axes] = {}
         self.conflicts: dict[Conflict, None] = dict.fromkeys(classes.fixed.conflicts)
         self.notes: dict[str, None] = {}
+        self.asked: set[tuple[int, Axes]] = set()
         self._read_rules()
         self.activations = self._reached_by_data()
         named = classes.names
@@ -54,6 +56,15 @@ class Wants:
         self.wish_of_value = classes.of_value.mapped(wishes)
         self.wish_of_factor = classes.of_factor.mapped(wishes)
         self._value_memo: dict[object, Dims] = {}
+
+    def divides(self, size: int, axes: Axes) -> bool:
+        """Whether a size divides over axes; while their sizes are not known, it does.
+
+        Every decision that hangs on sizes of axes is asked here.
+        """
+        if axes:
+            self.asked.add((size, axes))
+        return size % self.layout.size(axes) == 0
 
     def _read_rules(self) -> None:
         for cls, names in self.classes.names.items():
@@ -235,7 +246,7 @@ class Wants:
             key=lambda d: (bool(base[d]), -gcd(shape[d], 1 << 12), -shape[d], d),
         )
         for d in order:
-            if shape[d] % self.layout.size((*base[d], *axes)) == 0:
+            if self.divides(shape[d], (*base[d], *axes)):
                 return tuple(
                     (*dim, *axes) if d == k else dim for k, dim in enumerate(base)
                 )

@@ -6,9 +6,11 @@ is propagated once; all its candidates are priced together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -259,20 +261,23 @@ class Space:
             if not here.any():
                 continue
             parts = []
-            for pricer, rows in self._parts(
+            for active, rows in self._parts(
                 structure, sketch, grid, np.flatnonzero(here)
             ):
+                pricer = self._pricer(structure, sketch, active)
                 fits = divisible(pricer, grid[rows], cuts[rows], batch)
                 watch.indivisible += int((~fits).sum())
-                rows = rows[fits]
-                if bounded:
-                    held = pricer.liveness.held_bytes(Meshes(cluster, grid[rows]))
-                    if hows:  # the fullest stage has no less than the average one
-                        held = held / grid[rows, STAGE]
-                    small = held <= watch.bytes_
-                    watch.too_large += int((~small).sum())
-                    rows = rows[small]
-                parts.append((pricer, grid[rows], cuts[rows]))
+                for pricer, at in self._as_divided(
+                    structure, sketch, active, grid, rows[fits]
+                ):
+                    if bounded:
+                        held = pricer.liveness.held_bytes(Meshes(cluster, grid[at]))
+                        if hows:  # the fullest stage has no less than the average one
+                            held = held / grid[at, STAGE]
+                        small = held <= watch.bytes_
+                        watch.too_large += int((~small).sum())
+                        at = at[small]
+                    parts.append((pricer, grid[at], cuts[at]))
             limit_s = watch.step_s if bounded else float("inf")
             propagated = partial(self._pricer, structure, sketch)
             found, left = price(propagated, structure, cluster, parts, hows, limit_s)
@@ -282,8 +287,8 @@ class Space:
 
     def _parts(
         self, structure: Strategy, sketch: Sketch, grid: np.ndarray, rows: np.ndarray
-    ) -> Iterator[tuple[Pricer, np.ndarray]]:
-        """Some rows of a grid of mesh sizes, by what prices them.
+    ) -> Iterator[tuple[frozenset[str], np.ndarray]]:
+        """Some rows of a grid of mesh sizes, by the axes to propagate along.
 
         Where an axis has one device the structure is what it is without the axis. As a
         rule it need not be propagated again for that: along the others it is the same.
@@ -301,18 +306,49 @@ class Space:
             lacking = {
                 a for k, own in enumerate(together) if pattern >> k & 1 for a in own
             }
-            active = frozenset(AXES) - lacking
-            yield self._pricer(structure, sketch, active), rows[bits == pattern]
+            yield frozenset(AXES) - lacking, rows[bits == pattern]
+
+    def _as_divided(
+        self,
+        structure: Strategy,
+        sketch: Sketch,
+        active: frozenset[str],
+        grid: np.ndarray,
+        rows: np.ndarray,
+    ) -> Iterator[tuple[Pricer, np.ndarray]]:
+        """Some rows of a grid of mesh sizes, by what prices them as they divide.
+
+        Propagation without sizes takes it that everything divides. Where something it
+        asks for does not, it is propagated with the sizes of such a mesh, which then
+        stands for all that answer alike.
+        """
+        sizes: dict[str, int] = {}
+        while len(rows):
+            pricer = self._pricer(structure, sketch, active, sizes)
+            alike = np.ones(len(rows), dtype=bool)
+            for size, axes in pricer.sharded.asked:
+                ways = grid[rows][:, [AXES.index(a) for a in axes]].prod(axis=1)
+                met = size % math.prod(sizes.get(a, 1) for a in axes) == 0
+                alike &= (size % ways == 0) == met
+            if alike.any():
+                yield pricer, rows[alike]
+            rows = rows[~alike]
+            if len(rows):
+                # Of an axis without a size nothing is taken for granted but that it may
+                # have several devices, as it has in others that answer alike.
+                own = zip(AXES, grid[rows[0]].tolist(), strict=True)
+                sizes = {axis: size for axis, size in own if size > 1}
 
     def _pricer(
         self,
         structure: Strategy,
         sketch: Sketch,
         active: frozenset[str] = frozenset(AXES),
+        sizes: Mapping[str, int] = MappingProxyType({}),
     ) -> Pricer:
-        layout = Layout.of(structure).along(active)
+        layout = replace(Layout.of(structure).along(active), sizes=dict(sizes))
         states = (layout.params, layout.gradients, layout.optimizer)
-        key = (structure.schedule.remat, layout.rules, states)
+        key = (structure.schedule.remat, layout.rules, states, tuple(sizes.items()))
         if key not in self._pricers:
             shallow = sketch.shallow
             sharded = propagate(shallow.traced, shallow.classes, layout)

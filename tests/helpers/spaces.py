@@ -243,9 +243,17 @@ class OneByOne:
         self.strategy = strategy
         self._pricers: dict[Any, Pricer] = {}
 
-    def pricer(self, strategy: Strategy) -> Pricer:
-        """Of a strategy without holes: of what its axes of several devices do."""
-        layout, remat = Layout.of(without_idle(strategy)), strategy.schedule.remat
+    def pricer(self, strategy: Strategy, *, sizes: bool = False) -> Pricer:
+        """Of a strategy without holes: of what its axes of several devices do.
+
+        Args:
+            strategy: The strategy.
+            sizes: Whether it is to know the sizes, as the plan that is written does;
+                else all that could be stored along an axis is.
+        """
+        known = {a: int(n) for a, n in strategy.mesh.items()} if sizes else None
+        layout = Layout.of(without_idle(strategy), known)
+        remat = strategy.schedule.remat
         key = str((layout, remat))
         if key not in self._pricers:
             sketch = self.sketches[remat]
@@ -262,7 +270,8 @@ class OneByOne:
             row = np.array([[one.mesh.get(a, 1) for a in AXES]], dtype=np.int64)
             cuts = np.array([one.schedule.microbatches], dtype=np.int64)
             if divisible(pricer, row, cuts, self.batch)[0]:
-                price = pricer.price(chips, row, cuts.astype(np.float64))
+                by = self.pricer(one, sizes=True)
+                price = by.price(chips, row, cuts.astype(np.float64))
                 found.append(
                     Priced(one, float(price.step_s[0]), float(price.peak_bytes[0]))
                 )

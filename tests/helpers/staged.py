@@ -128,13 +128,13 @@ def one_by_one(given: Instance) -> list[Found]:
         stages, cuts = one.mesh.get("stage", 1), one.schedule.microbatches
         assert isinstance(stages, int)
         assert isinstance(cuts, int)
-        pricer = brute.pricer(one)
         row = np.array([[one.mesh.get(a, 1) for a in AXES]], dtype=np.int64)
         count = np.array([cuts], dtype=np.int64)
         if stages > given.blocks:
             continue
-        if not divisible(pricer, row, count, brute.batch)[0]:
+        if not divisible(brute.pricer(one), row, count, brute.batch)[0]:
             continue
+        pricer = brute.pricer(one, sizes=True)
         if stages == 1:
             price = pricer.price(given.cluster, row, count.astype(float))
             found.append(

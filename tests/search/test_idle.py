@@ -143,7 +143,7 @@ def check_candidates(step, batch, strategy, chips):
     count = 0
     for group in Space(step, (batch,), lambda _: None, strategy).price(strategy, chips):
         for k in range(len(group.sizes)):
-            price = brute.pricer(group.filled(k)).price(
+            price = brute.pricer(group.filled(k), sizes=True).price(
                 chips, group.sizes[k : k + 1], group.cuts[k : k + 1].astype(np.float64)
             )
             assert group.step_s[k] == pytest.approx(price.step_s[0], rel=1e-9)
