@@ -25,14 +25,30 @@ from autoshard.cost.moves import (
     steps_of,
     unique_moves,
 )
-from autoshard.cost.overlap import exposed_s
+from autoshard.cost.overlap import exposed_s, least_exposed_s
 from autoshard.cost.pipeline import Pipeline, bubble_share
+from autoshard.cost.placement import Placements
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
-from autoshard.cost.stages import PLACES, STAGE, Cut, Parts, Table, cut, staged, waiting
+from autoshard.cost.stages import (
+    PLACES,
+    STAGE,
+    Cut,
+    Kernels,
+    Parts,
+    Table,
+    cut,
+    least_s,
+    sent_s,
+    staged,
+    waiting,
+)
 from autoshard.cost.work import Work
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import OUTPUT, Exchange, ShardedProgram
+
+AHEAD, AFTER, BETWEEN = range(3)
+"""When collectives run: gathers of parameters, sums of gradients, and all others."""
 
 MEMORY_HEADROOM = 0.94
 """Share of memory that a program may use; the rest is runtime, communication buffers
@@ -53,6 +69,9 @@ class Prices:
         sent_s: Seconds in transfers between stages, as far as they show.
         cut: How they are cut into stages; None where they are not.
         slowest_share: What the slowest stage has, by place: [place, candidate].
+        kernels: What a chip computes, all blocks on it.
+        least_s: Seconds that a step takes at least, whatever the order of the axes;
+            those of a step where the order is not open.
     """
 
     matmul_s: Vector
@@ -64,6 +83,8 @@ class Prices:
     sent_s: Vector | float = 0.0
     cut: Cut | None = None
     slowest_share: Table | None = None
+    kernels: Kernels | None = None
+    least_s: Vector | None = None
 
     @property
     def step_s(self) -> Vector:
@@ -109,6 +130,9 @@ class Pricer:
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
         limit_s: float = float("inf"),
+        orders: Rows | None = None,
+        anywhere: Placements | None = None,
+        kernels: Kernels | None = None,
     ) -> Prices:
         """Prices candidates of one stage.
 
@@ -117,6 +141,11 @@ class Pricer:
             sizes: int64[candidate, axis] in the order of `AXES`.
             microbatches: float64[candidate]; pieces the batch is cut into.
             limit_s: Seconds above which memory is not wanted; it is NaN there.
+            orders: int64[candidate, place], see `Meshes`.
+            anywhere: Where axes may lie in other orders: then `least_s` is a bound over
+                all of them, and memory is wanted where this is within the limit.
+            kernels: Of the same candidates, found before in another order; memory is
+                not found again then.
 
         Returns:
             Costs per candidate.
@@ -124,10 +153,11 @@ class Pricer:
         Raises:
             InputError: The chip has no peak for a dtype the program multiplies in.
         """
-        meshes = Meshes(cluster, sizes)
+        meshes = Meshes(cluster, sizes, orders)
 
-        def one(pricer: Pricer, part: Meshes, cuts: Vector) -> Prices:
-            return pricer._price(part, cuts, limit_s)
+        def one(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Prices:
+            known = kernels.take(rows) if kernels else None
+            return pricer._price(part, cuts, limit_s, anywhere, known)
 
         return self._apart(meshes, microbatches, one)
 
@@ -138,6 +168,9 @@ class Pricer:
         microbatches: Vector,
         pipelines: Sequence[Pipeline],
         limit_s: float = float("inf"),
+        orders: Rows | None = None,
+        anywhere: Placements | None = None,
+        kernels: Kernels | None = None,
     ) -> list[Prices]:
         """Prices candidates of several stages, once for each pipeline.
 
@@ -147,15 +180,21 @@ class Pricer:
             microbatches: As in `price`.
             pipelines: How stages take turns.
             limit_s: As in `price`.
+            orders: As in `price`.
+            anywhere: As in `price`, but memory hangs on the cut, and so on the order.
+            kernels: As in `price`, but for memory.
 
         Returns:
             Costs per candidate, as in `price`, for each pipeline, with the cut; those
-            of a candidate that cannot be cut so mean nothing.
+            of a candidate that cannot be cut so mean nothing, but for `least_s`.
         """
-        meshes = Meshes(cluster, sizes)
+        meshes = Meshes(cluster, sizes, orders)
 
-        def each(pricer: Pricer, part: Meshes, cuts: Vector) -> list[Prices]:
-            return pricer._price_stages(part, cuts, pipelines, limit_s)
+        def each(
+            pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows
+        ) -> list[Prices]:
+            known = kernels.take(rows) if kernels else None
+            return pricer._price_stages(part, cuts, pipelines, limit_s, anywhere, known)
 
         return self._apart(meshes, microbatches, each)
 
@@ -178,7 +217,7 @@ class Pricer:
         self,
         meshes: Meshes,
         cuts: Vector,
-        price: Callable[[Pricer, Meshes, Vector], T],
+        price: Callable[[Pricer, Meshes, Vector, Rows], T],
     ) -> T:
         """Prices candidates with what prices them, and puts all prices together."""
         by: dict[int, tuple[Pricer, list[Rows]]] = {}
@@ -187,22 +226,35 @@ class Pricer:
             by.setdefault(id(pricer), (pricer, []))[1].append(rows)
         if len(by) <= 1:
             (pricer, _), *_ = [*by.values(), (self, [])]
-            return price(pricer, meshes, cuts)
+            return price(pricer, meshes, cuts, np.arange(len(meshes)))
         parts = []
         for pricer, of_pricer in by.values():
             rows = np.concatenate(of_pricer)
-            parts.append((rows, price(pricer, meshes.take(rows), cuts[rows])))
+            parts.append((rows, price(pricer, meshes.take(rows), cuts[rows], rows)))
         return scattered(parts, len(meshes))
 
-    def _price(self, meshes: Meshes, microbatches: Vector, limit_s: float) -> Prices:
-        parts = self.parts(meshes, microbatches)
+    def _price(
+        self,
+        meshes: Meshes,
+        microbatches: Vector,
+        limit_s: float,
+        anywhere: Placements | None,
+        known: Kernels | None,
+    ) -> Prices:
+        kernels = known or self._kernels(meshes, microbatches)
+        free = meshes.free(anywhere) if anywhere else None
+        parts, least = self._placed(kernels, meshes, microbatches, free)
         matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
         shown = parts.shown.sum(axis=0)
         hidden = parts.collective.sum(axis=0) - shown
         peak = np.full(len(meshes), np.nan)
-        at = np.flatnonzero(matmul + other + shown <= limit_s)
-        peak[at], _ = self.liveness.memory(meshes.take(at), microbatches[at])
-        return Prices(matmul, other, shown, peak, hidden)
+        least = matmul + other + (shown if least is None else least)
+        if not known:
+            at = np.flatnonzero(least <= limit_s)
+            peak[at], _ = self.liveness.memory(meshes.take(at), microbatches[at])
+        return Prices(
+            matmul, other, shown, peak, hidden, kernels=kernels, least_s=least
+        )
 
     def _price_stages(
         self,
@@ -210,8 +262,12 @@ class Pricer:
         microbatches: Vector,
         pipelines: Sequence[Pipeline],
         limit_s: float,
+        anywhere: Placements | None,
+        known: Kernels | None,
     ) -> list[Prices]:
-        parts = self.parts(meshes, microbatches)
+        kernels = known or self._kernels(meshes, microbatches)
+        free = meshes.free(anywhere) if anywhere else None
+        parts, least = self._placed(kernels, meshes, microbatches, free)
         segments, counts = self.work.segments, meshes.product(STAGE)
         blocks = segments.blocks
         sent = np.zeros(len(meshes))
@@ -226,22 +282,29 @@ class Pricer:
         found = []
         for pipeline in pipelines:
             how = cut(pipeline, blocks, parts, counts, microbatches)
+            hops = (microbatches, sent, shared, self.constants)
             time = staged(
-                how, parts, meshes, microbatches, sent, shared, self.constants
+                how, parts, meshes, microbatches,
+                sent_s(pipeline, meshes, *hops), self.constants,
+            )  # fmt: skip
+            prices = Prices(
+                matmul_s=time.matmul,
+                other_s=time.other,
+                collective_s=time.shown,
+                peak_bytes=np.full(len(meshes), np.nan),
+                hidden_s=time.hidden,
+                bubble_s=time.bubble,
+                sent_s=time.sent,
+                cut=how,
+                slowest_share=time.share,
+                kernels=kernels,
             )
-            found.append(
-                Prices(
-                    matmul_s=time.matmul,
-                    other_s=time.other,
-                    collective_s=time.shown,
-                    peak_bytes=np.full(len(meshes), np.nan),
-                    hidden_s=time.hidden,
-                    bubble_s=time.bubble,
-                    sent_s=time.sent,
-                    cut=how,
-                    slowest_share=time.share,
+            bound = prices.step_s
+            if free is not None and least is not None:
+                bound = sent_s(pipeline, free, *hops) + least_s(
+                    pipeline, kernels, least, counts, microbatches, self.constants
                 )
-            )
+            found.append(replace(prices, least_s=bound))
         self._fill_peaks(meshes, microbatches, found, limit_s)
         return found
 
@@ -275,31 +338,58 @@ class Pricer:
 
     def parts(self, meshes: Meshes, microbatches: Vector) -> Parts:
         """Seconds of a step by what belongs together, all blocks on every chip."""
-        cluster = meshes.cluster
-        rates = Rates.of(cluster, self.constants)
-        matmul, other, update = self._compute_parts(meshes, microbatches, rates)
-        ahead, after, between = (np.zeros((PLACES, len(meshes))) for _ in range(3))
+        kernels = self._kernels(meshes, microbatches)
+        return self._placed(kernels, meshes, microbatches, None)[0]
+
+    def _placed(
+        self,
+        kernels: Kernels,
+        meshes: Meshes,
+        microbatches: Vector,
+        free: Meshes | None,
+    ) -> tuple[Parts, Vector | None]:
+        """Kernels with collectives, and what of these shows at least in any order."""
+        kind, constants = meshes.cluster.kind, self.constants
+        sums = np.zeros((3, PLACES, len(meshes)))
+        least = np.zeros((3, len(meshes)))
         of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
+
+        def add(
+            when: int, place: int, name: str, axes: Sequence[str], *found: Vector
+        ) -> None:
+            time, size, runs = found
+            sums[when, place] += time
+            if free is not None:
+                least[when] += runs * free.time_s(name, frozenset(axes), size)
+
         for index, move in enumerate(self.moves):
-            where = (
-                ahead
+            when = (
+                AHEAD
                 if index in self._prefetched
-                else after
+                else AFTER
                 if index in self._trailing
-                else between
+                else BETWEEN
             )
             place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
-            for _, time, _, _ in self.collective(index, meshes, microbatches):
-                where[place] += time
+            for step, *found in self.collective(index, meshes, microbatches):
+                add(when, place, step.kind, step.axes, *found)
         for exchange in self.sharded.exchanges:
-            seconds = self.exchange(exchange, meshes, microbatches)[0]
-            between[of_op[exchange.op]] += seconds
-        collective = ahead + after + between
-        work = (matmul + other).sum(axis=0)
-        sums = (kind.sum(axis=0) for kind in (ahead, after, between))
-        exposed = exposed_s(cluster.kind, self.constants, work, *sums)
+            found = self.exchange(exchange, meshes, microbatches)
+            add(BETWEEN, of_op[exchange.op], exchange.kind, exchange.axes, *found)
+        collective = sums.sum(axis=0)
+        work = (kernels.matmul + kernels.other).sum(axis=0)
+        exposed = exposed_s(kind, constants, work, *sums.sum(axis=1))
         whole = np.maximum(collective.sum(axis=0), np.finfo(float).tiny)
-        return Parts(matmul, other, update, collective, collective / whole * exposed)
+        parts = Parts(
+            kernels.matmul,
+            kernels.other,
+            kernels.update,
+            collective,
+            collective / whole * exposed,
+        )
+        if free is None:
+            return parts, None
+        return parts, least_exposed_s(kind, constants, work, *least)
 
     def floor_s(
         self,
@@ -307,6 +397,8 @@ class Pricer:
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
         pipelines: Sequence[Pipeline] = (),
+        orders: Rows | None = None,
+        anywhere: Placements | None = None,
     ) -> Vector:
         """Seconds that a step takes at least, however state is stored.
 
@@ -321,12 +413,17 @@ class Pricer:
             sizes: As in `price`.
             microbatches: As in `price`.
             pipelines: How stages may take turns, where there are several.
+            orders: As in `price`.
+            anywhere: Where axes may lie, if their order is open: then the bound is one
+                of all orders.
         """
 
-        def floor(pricer: Pricer, part: Meshes, cuts: Vector) -> Vector:
+        def floor(pricer: Pricer, part: Meshes, cuts: Vector, _: Rows) -> Vector:
             return pricer._floor_s(part, cuts, pipelines)
 
-        return self._apart(Meshes(cluster, sizes), microbatches, floor)
+        return self._apart(
+            Meshes(cluster, sizes, orders, anywhere), microbatches, floor
+        )
 
     def _floor_s(
         self, meshes: Meshes, microbatches: Vector, pipelines: Sequence[Pipeline]
@@ -390,13 +487,14 @@ class Pricer:
         self, meshes: Meshes, cuts: Vector, rates: Rates
     ) -> tuple[Vector, Vector]:
         """Seconds in products, and in all else that a chip computes, at some rates."""
-        matmul, other, _ = self._compute_parts(meshes, cuts, rates)
-        return matmul.sum(axis=0), other.sum(axis=0)
+        found = self._kernels(meshes, cuts, rates)
+        return found.matmul.sum(axis=0), found.other.sum(axis=0)
 
-    def _compute_parts(
-        self, meshes: Meshes, cuts: Vector, rates: Rates
-    ) -> tuple[Table, Table, Table]:
-        """The same by what belongs together, and the update's part of both."""
+    def _kernels(
+        self, meshes: Meshes, cuts: Vector, rates: Rates | None = None
+    ) -> Kernels:
+        """The same by what belongs together, by default at the rates of the cluster."""
+        rates = rates or Rates.of(meshes.cluster, self.constants)
         matmul, other, update = (np.zeros((PLACES, len(meshes))) for _ in range(3))
         places = self.work.segments
         for time in self.compute.times(meshes, cuts, rates):
@@ -414,7 +512,7 @@ class Pricer:
             moved = moved * self.work.alike[value]
             place = places.of_value[value]
             other[place] += np.where(cuts > 1, cuts * moved, 0.0)
-        return matmul, other, update
+        return Kernels(matmul, other, update)
 
     def _gradient_leaves(self) -> list[int]:
         return [
