@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +67,11 @@ class Meshes:
         """Some of the candidates."""
         orders = None if self.orders is None else self.orders[rows]
         return Meshes(self.cluster, self.sizes[rows], orders, self.anywhere)
+
+    @property
+    def canonical(self) -> bool:
+        """Whether all have the order of `AXES`."""
+        return self.orders is None or bool((np.diff(self.orders, axis=1) > 0).all())
 
     def free(self, anywhere: Placements) -> Meshes:
         """The same candidates with their order open."""
@@ -186,12 +191,9 @@ class Meshes:
         if kind == "slice":
             return np.zeros(len(self.sizes))
         if (kind, axes) not in self._times:
-            ways = [prepare(kind, g, self.fabric) for g in self._ways(axes)]
-            self._times[kind, axes] = (
-                ways[0]
-                if len(ways) == 1
-                else lambda size: reduce(np.minimum, [way(size) for way in ways])
-            )
+            group, *others = self._ways(axes)
+            found = prepare(kind, group, self.fabric, *others)
+            self._times[kind, axes] = found
         return self._times[kind, axes](bytes_)
 
     def _ways(self, axes: frozenset[str]) -> list[Group]:
@@ -216,6 +218,22 @@ class Meshes:
     def _places(self) -> Rows:
         assert self.anywhere is not None
         return self.anywhere.rows(self.sizes)
+
+
+def taken(found: Any, rows: Rows) -> Any:
+    """What was found for some of the candidates: `scattered` the other way round.
+
+    >>> taken((np.arange(4), "same"), np.array([2]))
+    (array([2]), 'same')
+    """
+    if isinstance(found, np.ndarray):
+        return found[..., rows]
+    if isinstance(found, tuple | list):
+        return type(found)(taken(part, rows) for part in found)
+    if is_dataclass(found) and not isinstance(found, type):
+        parts = {f.name: taken(getattr(found, f.name), rows) for f in fields(found)}
+        return replace(found, **parts)
+    return found
 
 
 def scattered(parts: Sequence[tuple[Rows, Any]], count: int) -> Any:

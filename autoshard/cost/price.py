@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from autoshard.cost.active import Moves, along
-from autoshard.cost.collectives import Meshes, Rows, Vector, scattered
+from autoshard.cost.collectives import Meshes, Rows, Vector, scattered, taken
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
 from autoshard.cost.liveness import Liveness
@@ -69,9 +69,10 @@ class Prices:
         sent_s: Seconds in transfers between stages, as far as they show.
         cut: How they are cut into stages; None where they are not.
         slowest_share: What the slowest stage has, by place: [place, candidate].
-        kernels: What a chip computes, all blocks on it.
+        kernels: What a chip computes, all blocks on it; of several pipelines, which
+            have it in common, the first has it.
         least_s: Seconds that a step takes at least, whatever the order of the axes;
-            those of a step where the order is not open.
+            None where it is not open.
     """
 
     matmul_s: Vector
@@ -132,7 +133,7 @@ class Pricer:
         limit_s: float = float("inf"),
         orders: Rows | None = None,
         anywhere: Placements | None = None,
-        kernels: Kernels | None = None,
+        known: Prices | None = None,
     ) -> Prices:
         """Prices candidates of one stage.
 
@@ -143,9 +144,9 @@ class Pricer:
             limit_s: Seconds above which memory is not wanted; it is NaN there.
             orders: int64[candidate, place], see `Meshes`.
             anywhere: Where axes may lie in other orders: then `least_s` is a bound over
-                all of them, and memory is wanted where this is within the limit.
-            kernels: Of the same candidates, found before in another order; memory is
-                not found again then.
+                all of them.
+            known: Of the same candidates in another order. Their kernels and memory are
+                the same, and memory is not found again.
 
         Returns:
             Costs per candidate.
@@ -156,8 +157,8 @@ class Pricer:
         meshes = Meshes(cluster, sizes, orders)
 
         def one(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Prices:
-            known = kernels.take(rows) if kernels else None
-            return pricer._price(part, cuts, limit_s, anywhere, known)
+            found = taken(known, rows) if known else None
+            return pricer._price(part, cuts, limit_s, anywhere, found)
 
         return self._apart(meshes, microbatches, one)
 
@@ -170,7 +171,7 @@ class Pricer:
         limit_s: float = float("inf"),
         orders: Rows | None = None,
         anywhere: Placements | None = None,
-        kernels: Kernels | None = None,
+        known: Sequence[Prices] = (),
     ) -> list[Prices]:
         """Prices candidates of several stages, once for each pipeline.
 
@@ -181,20 +182,21 @@ class Pricer:
             pipelines: How stages take turns.
             limit_s: As in `price`.
             orders: As in `price`.
-            anywhere: As in `price`, but memory hangs on the cut, and so on the order.
-            kernels: As in `price`, but for memory.
+            anywhere: As in `price`.
+            known: As in `price`, for each pipeline; the cut is the same too.
 
         Returns:
             Costs per candidate, as in `price`, for each pipeline, with the cut; those
-            of a candidate that cannot be cut so mean nothing, but for `least_s`.
+            of a candidate that cannot be cut so mean nothing. In all orders it is cut
+            as is balanced in the order of `AXES`.
         """
         meshes = Meshes(cluster, sizes, orders)
 
         def each(
             pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows
         ) -> list[Prices]:
-            known = kernels.take(rows) if kernels else None
-            return pricer._price_stages(part, cuts, pipelines, limit_s, anywhere, known)
+            found = [taken(prices, rows) for prices in known]
+            return pricer._price_stages(part, cuts, pipelines, limit_s, anywhere, found)
 
         return self._apart(meshes, microbatches, each)
 
@@ -239,22 +241,27 @@ class Pricer:
         microbatches: Vector,
         limit_s: float,
         anywhere: Placements | None,
-        known: Kernels | None,
+        known: Prices | None,
     ) -> Prices:
-        kernels = known or self._kernels(meshes, microbatches)
+        kernels = known.kernels if known else None
+        kernels = kernels or self._kernels(meshes, microbatches)
         free = meshes.free(anywhere) if anywhere else None
         parts, least = self._placed(kernels, meshes, microbatches, free)
         matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
         shown = parts.shown.sum(axis=0)
         hidden = parts.collective.sum(axis=0) - shown
-        peak = np.full(len(meshes), np.nan)
-        least = matmul + other + (shown if least is None else least)
-        if not known:
-            at = np.flatnonzero(least <= limit_s)
-            peak[at], _ = self.liveness.memory(meshes.take(at), microbatches[at])
-        return Prices(
-            matmul, other, shown, peak, hidden, kernels=kernels, least_s=least
+        found = Prices(
+            matmul,
+            other,
+            shown,
+            known.peak_bytes if known else np.full(len(meshes), np.nan),
+            hidden,
+            kernels=kernels,
+            least_s=None if least is None else matmul + other + least,
         )
+        if not known:
+            self._fill_peaks(meshes, microbatches, [found], limit_s)
+        return found
 
     def _price_stages(
         self,
@@ -263,13 +270,23 @@ class Pricer:
         pipelines: Sequence[Pipeline],
         limit_s: float,
         anywhere: Placements | None,
-        known: Kernels | None,
+        known: Sequence[Prices],
     ) -> list[Prices]:
-        kernels = known or self._kernels(meshes, microbatches)
+        kernels = known[0].kernels if known else None
+        kernels = kernels or self._kernels(meshes, microbatches)
         free = meshes.free(anywhere) if anywhere else None
         parts, least = self._placed(kernels, meshes, microbatches, free)
         segments, counts = self.work.segments, meshes.product(STAGE)
-        blocks = segments.blocks
+        hows = [prices.cut for prices in known]
+        if not known:
+            even = parts
+            if not meshes.canonical:
+                plain = Meshes(meshes.cluster, meshes.sizes)
+                even, _ = self._placed(kernels, plain, microbatches, None)
+            hows = [
+                cut(pipeline, segments.blocks, even, counts, microbatches)
+                for pipeline in pipelines
+            ]
         sent = np.zeros(len(meshes))
         for v in segments.sent:
             axes = axes_of(self.sharded.specs[v])
@@ -279,34 +296,61 @@ class Pricer:
             if segments.of_value[v] == BOTH:
                 axes = axes_of(self.sharded.specs[v])
                 shared += self.local_bytes(v, axes, meshes, np.ones(1))
+        hops = (microbatches, sent, shared, self.constants)
         found = []
-        for pipeline in pipelines:
-            how = cut(pipeline, blocks, parts, counts, microbatches)
-            hops = (microbatches, sent, shared, self.constants)
-            time = staged(
-                how, parts, meshes, microbatches,
-                sent_s(pipeline, meshes, *hops), self.constants,
-            )  # fmt: skip
-            prices = Prices(
-                matmul_s=time.matmul,
-                other_s=time.other,
-                collective_s=time.shown,
-                peak_bytes=np.full(len(meshes), np.nan),
-                hidden_s=time.hidden,
-                bubble_s=time.bubble,
-                sent_s=time.sent,
-                cut=how,
-                slowest_share=time.share,
-                kernels=kernels,
-            )
-            bound = prices.step_s
+        for k, how in enumerate(hows):
+            assert how is not None
+            passed = sent_s(how.pipeline, meshes, *hops)
+            time = staged(how, parts, meshes, microbatches, passed, self.constants)
+            bound = None
             if free is not None and least is not None:
-                bound = sent_s(pipeline, free, *hops) + least_s(
-                    pipeline, kernels, least, counts, microbatches, self.constants
+                bound = sent_s(how.pipeline, free, *hops)
+                bound += least_s(
+                    how, kernels, least, counts, microbatches, self.constants
                 )
-            found.append(replace(prices, least_s=bound))
-        self._fill_peaks(meshes, microbatches, found, limit_s)
+            found.append(
+                Prices(
+                    matmul_s=time.matmul,
+                    other_s=time.other,
+                    collective_s=time.shown,
+                    peak_bytes=(
+                        known[k].peak_bytes if known else np.full(len(meshes), np.nan)
+                    ),
+                    hidden_s=time.hidden,
+                    bubble_s=time.bubble,
+                    sent_s=time.sent,
+                    cut=how,
+                    slowest_share=time.share,
+                    kernels=None if found else kernels,
+                    least_s=bound,
+                )
+            )
+        if not known:
+            self._fill_peaks(meshes, microbatches, found, limit_s)
         return found
+
+    def fill_peaks(
+        self,
+        cluster: Cluster,
+        sizes: np.ndarray[Any, np.dtype[np.int64]],
+        microbatches: Vector,
+        prices: Prices,
+    ) -> Vector:
+        """Peak bytes of candidates whose time is known.
+
+        Args:
+            cluster: As in `price`.
+            sizes: As in `price`.
+            microbatches: As in `price`.
+            prices: Of these, which say how they are cut.
+        """
+
+        def peaks(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Vector:
+            of_part = taken(prices, rows)
+            pricer._fill_peaks(part, cuts, [of_part], float("inf"))
+            return of_part.peak_bytes
+
+        return self._apart(Meshes(cluster, sizes), microbatches, peaks)
 
     def _fill_peaks(
         self, meshes: Meshes, cuts: Vector, found: Sequence[Prices], limit_s: float
@@ -317,7 +361,11 @@ class Pricer:
         shares, later = [], []
         for prices in found:
             how = prices.cut
-            assert how is not None
+            if how is None:
+                at = np.flatnonzero(prices.step_s <= limit_s)
+                here = meshes.take(at)
+                prices.peak_bytes[at], _ = self.liveness.memory(here, cuts[at])
+                return
             wanted = how.valid & (prices.step_s <= limit_s)
             prices.peak_bytes[wanted] = 0.0
             for stage in how.stages:

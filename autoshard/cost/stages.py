@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.cost.collectives import Meshes, Rows, Vector
+from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.constants import Constants
 from autoshard.cost.pipeline import (
     Pipeline,
@@ -46,10 +46,6 @@ class Kernels:
     matmul: Table
     other: Table
     update: Table
-
-    def take(self, rows: Rows) -> Kernels:
-        """Those of some candidates."""
-        return Kernels(self.matmul[:, rows], self.other[:, rows], self.update[:, rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,38 +283,44 @@ def sent_s(
 
 
 def least_s(
-    pipeline: Pipeline,
+    how: Cut,
     kernels: Kernels,
     shown: Vector,
     counts: Vector,
     cuts: Vector,
     constants: Constants,
 ) -> Vector:
-    """Seconds of a step at least, but for transfers, however it is cut into stages.
+    """Seconds of a step at least, but for transfers, whoever has the collectives.
 
-    All stages together are busy for B, the slowest of them for B / p or more. With L
-    for the longest without its update, a share u of what all others take, W - L, is
-    waited for: the step takes max(B / p, L) + u (W - L), where u <= 1 and W <= B. That
-    is least where L = B / p.
+    All stages together are busy for B, so that the slowest is for B / p or more, and
+    for what it computes: for X. With L for the longest without its update, a share u of
+    what all others take, W - L, is waited for: the step takes max(X, L) + u (W - L),
+    where u <= 1. That is least where L = X.
 
     Args:
-        pipeline: How the stages take turns.
+        how: The cut.
         kernels: What a chip computes uncut.
         shown: What shows of collectives at least; who has them is not known.
         counts: Stages.
         cuts: Microbatches.
         constants: Of the cost model.
     """
+    pipeline = how.pipeline
     ends = 0.0 if pipeline.vocab == "spread" else 1.0
 
     def of_all(table: Table) -> Vector:
         return table.sum(axis=0) + ends * table[BOTH] + (counts - 1) * table[ALL]
 
-    busy = of_all(kernels.matmul + kernels.other) + shown
-    slowest, rest = busy / counts, busy - of_all(kernels.update)
+    computed = kernels.matmul + kernels.other
+    busy = of_all(computed) + shown
+    slowest = busy / counts
+    for stage in how.stages:
+        own = (stage.share * computed).sum(axis=0)
+        slowest = np.where(stage.exists, np.maximum(slowest, own), slowest)
     zero_bubble = constants["pipeline.zero_bubble"]
     share = bubble_share(pipeline.schedule, counts, cuts, zero_bubble)
     wait = share / cuts / pipeline.virtual
+    rest = busy - of_all(kernels.update)
     return slowest + wait * np.maximum(rest - slowest, 0.0)
 
 

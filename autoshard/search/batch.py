@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from autoshard.cost import Pricer, Prices
-from autoshard.cost.collectives import Rows
+from autoshard.cost.collectives import Rows, taken
 from autoshard.cost.pipeline import Pipeline
-from autoshard.cost.stages import Cut, Kernels
+from autoshard.cost.stages import Cut
 from autoshard.plan.cluster import Cluster
 from autoshard.search.placing import Placing
 from autoshard.search.watch import Watch
@@ -74,28 +74,26 @@ class Batch:
         self.sizes, self.cuts = sizes, cuts
         self.pipelines, self.placing, self.watch = pipelines, placing, watch
         self.kept: list[Kept] = []
-        self.first = self._priced(
-            np.arange(len(sizes)), placing.orders(len(sizes)), watch.step_s, None
-        )
+        rows, orders = np.arange(len(sizes)), placing.orders(len(sizes))
+        self.first = self._priced(rows, orders, watch.step_s)
         for prices in self.first:
-            rows, orders = np.arange(len(sizes)), placing.orders(len(sizes))
-            wanted = prices.step_s <= watch.step_s
-            self._keep(prices, rows, orders, prices.peak_bytes, wanted)
+            self._keep(prices, rows, orders, prices.step_s <= watch.step_s)
 
     def _priced(
-        self, rows: Rows, orders: Rows, limit_s: float, kernels: Kernels | None
+        self, rows: Rows, orders: Rows, limit_s: float, again: bool = False
     ) -> list[Prices]:
-        """Some of them in some order; again if their kernels are known."""
+        """Some of them in some order."""
         given = self.cluster, self.sizes[rows], self.cuts[rows].astype(float)
-        anywhere = None if kernels else self.placing.anywhere
-        how = orders, anywhere, kernels
+        anywhere = None if again else self.placing.anywhere
+        known = [taken(prices, rows) for prices in self.first] if again else []
         if self.pipelines:
-            return self.pricer.price_stages(*given, self.pipelines, limit_s, *how)
-        return [self.pricer.price(*given, limit_s, *how)]
+            return self.pricer.price_stages(
+                *given, self.pipelines, limit_s, orders, anywhere, known
+            )
+        one = known[0] if known else None
+        return [self.pricer.price(*given, limit_s, orders, anywhere, one)]
 
-    def _keep(
-        self, prices: Prices, rows: Rows, orders: Rows, peaks: Vector, wanted: Any
-    ) -> None:
+    def _keep(self, prices: Prices, rows: Rows, orders: Rows, wanted: Any) -> None:
         valid = _valid(prices)
         at = np.flatnonzero(valid & wanted)
         self.watch.indivisible += int((~valid).sum())
@@ -106,7 +104,7 @@ class Batch:
                 cuts=self.cuts[rows[at]],
                 orders=orders[at],
                 step_s=prices.step_s[at],
-                peak_bytes=peaks[at],
+                peak_bytes=prices.peak_bytes[at],
                 staged=(prices.cut, at) if prices.cut else None,
             )
         )
@@ -120,27 +118,31 @@ class Batch:
         may = np.zeros(len(self.sizes), dtype=bool)
         for prices, limit_s in zip(self.first, limits_s, strict=True):
             assert prices.least_s is not None
-            here = prices.least_s <= limit_s
-            if not self.pipelines:  # memory is the same in every order
-                here &= prices.peak_bytes <= self.watch.bytes_
-            may |= here
+            # Memory is the same in every order, and NaN where it is not known yet.
+            fits = ~(prices.peak_bytes > self.watch.bytes_)
+            may |= _valid(prices) & fits & (prices.least_s <= limit_s)
         rows = np.flatnonzero(may)
         self.watch.alike += self.placing.alike(self.sizes[rows])
         of_row, orders = self.placing.others(self.sizes[rows])
-        kernels = self.first[0].kernels
-        assert kernels is not None
         for start in range(0, len(orders), _TOGETHER):
             some = slice(start, start + _TOGETHER)
             at = rows[of_row[some]]
-            most = float(np.max([limit_s[at].max() for limit_s in limits_s]))
-            found = self._priced(at, orders[some], most, kernels.take(at))
+            found = self._priced(at, orders[some], np.inf, again=True)
             for prices, first, limit_s in zip(found, self.first, limits_s, strict=True):
-                before = np.where(_valid(first), first.step_s, np.inf)[at]
-                peaks = prices.peak_bytes if self.pipelines else first.peak_bytes[at]
-                better = prices.step_s < before * (1 - _ROUNDING)
-                better |= ~(peaks >= first.peak_bytes[at])
+                better = prices.step_s < first.step_s[at] * (1 - _ROUNDING)
                 wanted = better & (prices.step_s <= limit_s[at])
-                self._keep(prices, at, orders[some], peaks, wanted)
+                self._find_peaks(first, at[wanted & _valid(prices)])
+                prices = replace(prices, peak_bytes=first.peak_bytes[at])
+                self._keep(prices, at, orders[some], wanted)
+
+    def _find_peaks(self, first: Prices, rows: Rows) -> None:
+        """Writes the peaks of those that were too slow in their first order."""
+        rows = np.unique(rows[np.isnan(first.peak_bytes[rows])])
+        if len(rows):
+            cuts = self.cuts[rows].astype(float)
+            first.peak_bytes[rows] = self.pricer.fill_peaks(
+                self.cluster, self.sizes[rows], cuts, taken(first, rows)
+            )
 
 
 def _valid(prices: Prices) -> np.ndarray:
@@ -162,8 +164,8 @@ def reorder(batches: Sequence[Batch], watch: Watch) -> None:
         return
     limits_s = watch.limits_s(
         np.concatenate([b.sizes for b, _ in priced]),
-        np.concatenate([np.where(_valid(p), p.step_s, np.inf) for _, p in priced]),
-        np.concatenate([p.peak_bytes for _, p in priced]),
+        np.concatenate([p.step_s for _, p in priced]),
+        np.concatenate([np.where(_valid(p), p.peak_bytes, np.inf) for _, p in priced]),
     )
     ends = np.cumsum([len(b.sizes) for b, _ in priced])
     each: Iterator[Vector] = iter(np.split(limits_s, ends[:-1]))

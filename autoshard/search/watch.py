@@ -71,9 +71,8 @@ class Watch:
             found = self._bests_with(sizes, step_s, peak_bytes)
             return np.full(len(sizes), self._limit_s(found))
         times, peaks = self._front_with(step_s, peak_bytes)
-        # The fastest of those that are no larger; what does not fit may do so in
-        # another order if it is cut into stages otherwise.
-        held = np.minimum(np.nan_to_num(peak_bytes, nan=np.inf), self.bytes_)
+        # The fastest of those that are no larger.
+        held = np.nan_to_num(peak_bytes, nan=np.inf)
         at = len(peaks) - np.searchsorted(peaks[::-1], held, side="right")
         return np.append(times, np.inf)[at]
 
