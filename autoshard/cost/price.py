@@ -94,6 +94,34 @@ class Prices:
         return work + self.bubble_s + self.sent_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Candidates that differ by the order of their axes alone.
+
+    Attributes:
+        first: The first of all that are alike, int64[base].
+        of: Which of these each candidate is like, int64[candidate].
+    """
+
+    first: Rows
+    of: Rows
+
+    @staticmethod
+    def of_same(same: Rows) -> _Alike:
+        _, first, of = np.unique(same, return_index=True, return_inverse=True)
+        return _Alike(first, of)
+
+    @staticmethod
+    def none(count: int) -> _Alike:
+        return _Alike(np.arange(count), np.arange(count))
+
+    def any(self, wanted: np.ndarray) -> np.ndarray:
+        """Of which some candidate is wanted, bool[base]."""
+        found = np.zeros(len(self.first), dtype=bool)
+        found[self.of[wanted]] = True
+        return found
+
+
 T = TypeVar("T")
 
 
@@ -134,6 +162,7 @@ class Pricer:
         orders: Rows | None = None,
         anywhere: Placements | None = None,
         known: Prices | None = None,
+        same: Rows | None = None,
     ) -> Prices:
         """Prices candidates of one stage.
 
@@ -146,7 +175,9 @@ class Pricer:
             anywhere: Where axes may lie in other orders: then `least_s` is a bound over
                 all of them.
             known: Of the same candidates in another order. Their kernels and memory are
-                the same, and memory is not found again.
+                the same, and not found again.
+            same: int64[candidate]; those with the same number differ by their order
+                alone. What these have in common is found once.
 
         Returns:
             Costs per candidate.
@@ -158,7 +189,8 @@ class Pricer:
 
         def one(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Prices:
             found = taken(known, rows) if known else None
-            return pricer._price(part, cuts, limit_s, anywhere, found)
+            alike = None if same is None else _Alike.of_same(same[rows])
+            return pricer._price(part, cuts, limit_s, anywhere, found, alike)
 
         return self._apart(meshes, microbatches, one)
 
@@ -172,6 +204,7 @@ class Pricer:
         orders: Rows | None = None,
         anywhere: Placements | None = None,
         known: Sequence[Prices] = (),
+        same: Rows | None = None,
     ) -> list[Prices]:
         """Prices candidates of several stages, once for each pipeline.
 
@@ -184,6 +217,7 @@ class Pricer:
             orders: As in `price`.
             anywhere: As in `price`.
             known: As in `price`, for each pipeline; the cut is the same too.
+            same: As in `price`.
 
         Returns:
             Costs per candidate, as in `price`, for each pipeline, with the cut; those
@@ -196,7 +230,10 @@ class Pricer:
             pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows
         ) -> list[Prices]:
             found = [taken(prices, rows) for prices in known]
-            return pricer._price_stages(part, cuts, pipelines, limit_s, anywhere, found)
+            alike = None if same is None else _Alike.of_same(same[rows])
+            return pricer._price_stages(
+                part, cuts, pipelines, limit_s, anywhere, found, alike
+            )
 
         return self._apart(meshes, microbatches, each)
 
@@ -242,26 +279,30 @@ class Pricer:
         limit_s: float,
         anywhere: Placements | None,
         known: Prices | None,
+        same: _Alike | None,
     ) -> Prices:
+        same = same or _Alike.none(len(meshes))
+        base, cuts = meshes.take(same.first), microbatches[same.first]
         kernels = known.kernels if known else None
-        kernels = kernels or self._kernels(meshes, microbatches)
+        kernels = kernels or taken(self._kernels(base, cuts), same.of)
         free = meshes.free(anywhere) if anywhere else None
         parts, least = self._placed(kernels, meshes, microbatches, free)
         matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
         shown = parts.shown.sum(axis=0)
-        hidden = parts.collective.sum(axis=0) - shown
-        found = Prices(
+        if known:
+            peaks = known.peak_bytes
+        else:
+            wanted = same.any(matmul + other + shown <= limit_s)
+            peaks = self._peaks(base, cuts, [None], [wanted])[0][same.of]
+        return Prices(
             matmul,
             other,
             shown,
-            known.peak_bytes if known else np.full(len(meshes), np.nan),
-            hidden,
+            peaks,
+            parts.collective.sum(axis=0) - shown,
             kernels=kernels,
             least_s=None if least is None else matmul + other + least,
         )
-        if not known:
-            self._fill_peaks(meshes, microbatches, [found], limit_s)
-        return found
 
     def _price_stages(
         self,
@@ -271,21 +312,26 @@ class Pricer:
         limit_s: float,
         anywhere: Placements | None,
         known: Sequence[Prices],
+        same: _Alike | None,
     ) -> list[Prices]:
+        same = same or _Alike.none(len(meshes))
+        base, cuts = meshes.take(same.first), microbatches[same.first]
         kernels = known[0].kernels if known else None
-        kernels = kernels or self._kernels(meshes, microbatches)
+        kernels = kernels or taken(self._kernels(base, cuts), same.of)
         free = meshes.free(anywhere) if anywhere else None
         parts, least = self._placed(kernels, meshes, microbatches, free)
         segments, counts = self.work.segments, meshes.product(STAGE)
         hows = [prices.cut for prices in known]
         if not known:
-            even = parts
-            if not meshes.canonical:
-                plain = Meshes(meshes.cluster, meshes.sizes)
-                even, _ = self._placed(kernels, plain, microbatches, None)
+            even = taken(parts, same.first)
+            if not base.canonical:
+                plain = Meshes(base.cluster, base.sizes)
+                own = taken(kernels, same.first)
+                even, _ = self._placed(own, plain, cuts, None)
+            of_base = base.product(STAGE)
             hows = [
-                cut(pipeline, segments.blocks, even, counts, microbatches)
-                for pipeline in pipelines
+                taken(cut(how, segments.blocks, even, of_base, cuts), same.of)
+                for how in pipelines
             ]
         sent = np.zeros(len(meshes))
         for v in segments.sent:
@@ -308,14 +354,13 @@ class Pricer:
                 bound += least_s(
                     how, kernels, least, counts, microbatches, self.constants
                 )
+            nothing = np.full(len(meshes), np.nan)
             found.append(
                 Prices(
                     matmul_s=time.matmul,
                     other_s=time.other,
                     collective_s=time.shown,
-                    peak_bytes=(
-                        known[k].peak_bytes if known else np.full(len(meshes), np.nan)
-                    ),
+                    peak_bytes=known[k].peak_bytes if known else nothing,
                     hidden_s=time.hidden,
                     bubble_s=time.bubble,
                     sent_s=time.sent,
@@ -325,64 +370,76 @@ class Pricer:
                     least_s=bound,
                 )
             )
-        if not known:
-            self._fill_peaks(meshes, microbatches, found, limit_s)
-        return found
+        if known:
+            return found
+        wanted = [same.any(prices.step_s <= limit_s) for prices in found]
+        of_base = [taken(how, same.first) for how in hows]
+        peaks = self._peaks(base, cuts, of_base, wanted)
+        return [
+            replace(prices, peak_bytes=own[same.of])
+            for prices, own in zip(found, peaks, strict=True)
+        ]
 
-    def fill_peaks(
+    def peak_bytes(
         self,
         cluster: Cluster,
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
-        prices: Prices,
+        how: Cut | None,
     ) -> Vector:
-        """Peak bytes of candidates whose time is known.
+        """Peak bytes per chip of candidates.
 
         Args:
             cluster: As in `price`.
             sizes: As in `price`.
             microbatches: As in `price`.
-            prices: Of these, which say how they are cut.
+            how: How they are cut, where they have several stages.
         """
 
         def peaks(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Vector:
-            of_part = taken(prices, rows)
-            pricer._fill_peaks(part, cuts, [of_part], float("inf"))
-            return of_part.peak_bytes
+            every = np.ones(len(rows), dtype=bool)
+            return pricer._peaks(part, cuts, [taken(how, rows)], [every])[0]
 
         return self._apart(Meshes(cluster, sizes), microbatches, peaks)
 
-    def _fill_peaks(
-        self, meshes: Meshes, cuts: Vector, found: Sequence[Prices], limit_s: float
-    ) -> None:
-        """Writes the peaks of all stages of all pipelines, found in one go."""
+    def _peaks(
+        self,
+        meshes: Meshes,
+        cuts: Vector,
+        hows: Sequence[Cut | None],
+        wanted: Sequence[np.ndarray],
+    ) -> list[Vector]:
+        """Peaks of all stages of all pipelines, found in one go; NaN if not wanted."""
         counts = meshes.product(STAGE)
-        places: list[tuple[Prices, np.ndarray]] = []
+        found = [np.full(len(meshes), np.nan) for _ in hows]
+        places: list[tuple[Vector, np.ndarray]] = []
         shares, later = [], []
-        for prices in found:
-            how = prices.cut
+        for how, here, peaks in zip(hows, wanted, found, strict=True):
             if how is None:
-                at = np.flatnonzero(prices.step_s <= limit_s)
-                here = meshes.take(at)
-                prices.peak_bytes[at], _ = self.liveness.memory(here, cuts[at])
-                return
-            wanted = how.valid & (prices.step_s <= limit_s)
-            prices.peak_bytes[wanted] = 0.0
+                at = np.flatnonzero(here)
+                peaks[at], _ = self.liveness.memory(meshes.take(at), cuts[at])
+                continue
+            here = here & how.valid
+            peaks[here] = 0.0
             for stage in how.stages:
-                at = np.flatnonzero(wanted & stage.exists)
-                places.append((prices, at))
+                at = np.flatnonzero(here & stage.exists)
+                places.append((peaks, at))
                 shares.append(stage.share[:, at])
                 later.append(waiting(how, stage, counts, cuts)[at])
+        if not places:
+            return found
         rows = np.concatenate([at for _, at in places])
-        stages = meshes.take(rows)
-        peaks, _ = self.liveness.memory(
-            stages, cuts[rows], np.concatenate(shares, axis=1), np.concatenate(later)
+        every, _ = self.liveness.memory(
+            meshes.take(rows),
+            cuts[rows],
+            np.concatenate(shares, axis=1),
+            np.concatenate(later),
         )
         begin = 0
-        for prices, at in places:
-            own = peaks[begin : begin + len(at)]
-            prices.peak_bytes[at] = np.maximum(prices.peak_bytes[at], own)
+        for peaks, at in places:
+            peaks[at] = np.maximum(peaks[at], every[begin : begin + len(at)])
             begin += len(at)
+        return found
 
     def parts(self, meshes: Meshes, microbatches: Vector) -> Parts:
         """Seconds of a step by what belongs together, all blocks on every chip."""

@@ -16,7 +16,7 @@ from autoshard.plan.cluster import Cluster
 from autoshard.search.placing import Placing
 from autoshard.search.watch import Watch
 
-_TOGETHER = 2**16
+_TOGETHER = 2**12
 """Orders that are priced at once."""
 
 _ROUNDING = 1e-12
@@ -75,23 +75,37 @@ class Batch:
         self.pipelines, self.placing, self.watch = pipelines, placing, watch
         self.kept: list[Kept] = []
         rows, orders = np.arange(len(sizes)), placing.orders(len(sizes))
-        self.first = self._priced(rows, orders, watch.step_s)
+        self.again = False
+        if placing.anywhere is not None and len(sizes) <= _TOGETHER:
+            others = placing.others(sizes)
+            if len(others[0]) <= _TOGETHER:
+                self._price_all(orders, *others)
+                return
+        self.again = placing.anywhere is not None
+        self.first = self._priced(rows, orders, anywhere=placing.anywhere)
         for prices in self.first:
             self._keep(prices, rows, orders, prices.step_s <= watch.step_s)
 
-    def _priced(
-        self, rows: Rows, orders: Rows, limit_s: float, again: bool = False
-    ) -> list[Prices]:
+    def _priced(self, rows: Rows, orders: Rows, **how: Any) -> list[Prices]:
         """Some of them in some order."""
         given = self.cluster, self.sizes[rows], self.cuts[rows].astype(float)
-        anywhere = None if again else self.placing.anywhere
-        known = [taken(prices, rows) for prices in self.first] if again else []
+        how = {"limit_s": self.watch.step_s, "orders": orders, **how}
         if self.pipelines:
-            return self.pricer.price_stages(
-                *given, self.pipelines, limit_s, orders, anywhere, known
-            )
-        one = known[0] if known else None
-        return [self.pricer.price(*given, limit_s, orders, anywhere, one)]
+            return self.pricer.price_stages(*given, self.pipelines, **how)
+        how["known"] = next(iter(how.get("known", [])), None)
+        return [self.pricer.price(*given, **how)]
+
+    def _price_all(self, orders: Rows, of_row: Rows, others: Rows) -> None:
+        """Prices all orders at once, which for a few takes hardly longer than one."""
+        self.watch.alike += self.placing.alike(self.sizes)
+        count = len(self.sizes)
+        of = np.concatenate([np.arange(count), of_row])
+        orders = np.concatenate([orders, others])
+        for prices in self._priced(of, orders, same=of):
+            wanted = prices.step_s <= self.watch.step_s
+            better = prices.step_s < prices.step_s[of] * (1 - _ROUNDING)
+            better[:count] = True
+            self._keep(prices, of, orders, wanted & better)
 
     def _keep(self, prices: Prices, rows: Rows, orders: Rows, wanted: Any) -> None:
         valid = _valid(prices)
@@ -127,7 +141,8 @@ class Batch:
         for start in range(0, len(orders), _TOGETHER):
             some = slice(start, start + _TOGETHER)
             at = rows[of_row[some]]
-            found = self._priced(at, orders[some], np.inf, again=True)
+            known = [taken(prices, at) for prices in self.first]
+            found = self._priced(at, orders[some], known=known)
             for prices, first, limit_s in zip(found, self.first, limits_s, strict=True):
                 better = prices.step_s < first.step_s[at] * (1 - _ROUNDING)
                 wanted = better & (prices.step_s <= limit_s[at])
@@ -140,8 +155,8 @@ class Batch:
         rows = np.unique(rows[np.isnan(first.peak_bytes[rows])])
         if len(rows):
             cuts = self.cuts[rows].astype(float)
-            first.peak_bytes[rows] = self.pricer.fill_peaks(
-                self.cluster, self.sizes[rows], cuts, taken(first, rows)
+            first.peak_bytes[rows] = self.pricer.peak_bytes(
+                self.cluster, self.sizes[rows], cuts, taken(first.cut, rows)
             )
 
 
@@ -159,6 +174,7 @@ def reorder(batches: Sequence[Batch], watch: Watch) -> None:
         batches: Candidates of one structure, priced in their first order.
         watch: What is known of others.
     """
+    batches = [batch for batch in batches if batch.again]
     priced = [(b, p) for b in batches for p in b.first]
     if not priced:
         return
