@@ -1,7 +1,7 @@
 """Time of collectives for many meshes of one cluster at once.
 
-Devices are laid out row-major in the order of `AXES`, so the last axis stays innermost.
-What a group of them takes is said by `autoshard.cost.network`.
+Devices are laid out row-major, by default in the order of `AXES`, so that the last axis
+is innermost. What a group of them takes is said by `autoshard.cost.network`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from autoshard.cost.network import Fabric, Group, Vector, prepare
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
+
+if TYPE_CHECKING:
+    from autoshard.cost.placement import Placements
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 """Indices of candidates."""
@@ -28,10 +31,17 @@ class Meshes:
     Attributes:
         cluster: Where they are.
         sizes: int64[candidate, axis], in the order of `AXES`.
+        orders: int64[candidate, place], which axis comes at each place, the outermost
+            first; None where all have the order of `AXES`.
+        anywhere: Places that axes may have, where the order is open: every collective
+            then takes what it takes at its own best place, or less. Of these are the
+            meshes; None where the order is known.
     """
 
     cluster: Cluster
     sizes: np.ndarray[Any, np.dtype[np.int64]]
+    orders: Rows | None = None
+    anywhere: Placements | None = None
     _products: dict[frozenset[str], Vector] = field(default_factory=dict)
     _groups: dict[frozenset[str], Group] = field(default_factory=dict)
     _times: dict[tuple[str, frozenset[str]], Callable[[Vector], Vector]] = field(
@@ -55,7 +65,33 @@ class Meshes:
 
     def take(self, rows: Rows) -> Meshes:
         """Some of the candidates."""
-        return Meshes(self.cluster, self.sizes[rows])
+        orders = None if self.orders is None else self.orders[rows]
+        return Meshes(self.cluster, self.sizes[rows], orders, self.anywhere)
+
+    @property
+    def canonical(self) -> bool:
+        """Whether all have the order of `AXES`."""
+        return self.orders is None or bool((np.diff(self.orders, axis=1) > 0).all())
+
+    def free(self, anywhere: Placements) -> Meshes:
+        """The same candidates with their order open."""
+        return Meshes(
+            self.cluster, self.sizes, anywhere=anywhere, _products=self._products
+        )
+
+    @cached_property
+    def strides(self) -> Vector:
+        """Devices from one member of an axis to the next, float64[axis, candidate]."""
+        sizes = self.sizes
+        if self.orders is not None:
+            sizes = np.take_along_axis(sizes, self.orders, axis=1)
+        inside = np.ones((len(AXES), len(sizes)))
+        np.cumprod(sizes.T[:0:-1], axis=0, out=inside[1:])
+        if self.orders is None:
+            return inside[::-1]
+        found = np.empty_like(inside)
+        np.put_along_axis(found, self.orders.T, inside[::-1], axis=0)
+        return found
 
     @cached_property
     def fabric(self) -> Fabric:
@@ -79,15 +115,28 @@ class Meshes:
         """
         inside = np.ones(len(self.sizes))
         reach = np.ones(len(self.sizes))
-        stride = np.ones(len(self.sizes))
-        for axis in reversed(AXES):
-            size = self.sizes[:, AXES.index(axis)]
-            within = np.clip(np.minimum(size, period / stride), 1, None)
-            if axis in axes:
-                inside *= within
-                reach = np.where(within > 1, stride * within, reach)
-            stride = stride * size
+        for axis in sorted(axes, key=AXES.index):
+            stride = self.strides[AXES.index(axis)]
+            within = self._within(axis, period)
+            inside *= within
+            reach = np.where(within > 1, np.maximum(reach, stride * within), reach)
         return inside, reach
+
+    def _within(self, axis: str, period: int) -> Vector:
+        """Members of one axis within one run of `period` devices."""
+        k = AXES.index(axis)
+        return np.clip(np.minimum(self.sizes[:, k], period / self.strides[k]), 1, None)
+
+    def levels(self) -> np.ndarray[Any, Any]:
+        """What the network sees of each candidate's order, float64[candidate, figure].
+
+        Of GPUs the members of each axis in a node, on a torus the strides of the axes
+        of several devices.
+        """
+        if self.cluster.kind == "gpu":
+            period = self.cluster.chips_per_node
+            return np.array([self._within(axis, period) for axis in AXES]).T
+        return np.where(self.sizes > 1, self.strides.T, 1.0)
 
     def group(self, axes: frozenset[str]) -> Group:
         """Who takes part in a collective over some axes, per candidate."""
@@ -142,9 +191,49 @@ class Meshes:
         if kind == "slice":
             return np.zeros(len(self.sizes))
         if (kind, axes) not in self._times:
-            found = prepare(kind, self.group(axes), self.fabric)
+            group, *others = self._ways(axes)
+            found = prepare(kind, group, self.fabric, *others)
             self._times[kind, axes] = found
         return self._times[kind, axes](bytes_)
+
+    def _ways(self, axes: frozenset[str]) -> list[Group]:
+        """The group of some axes; several where their place is open."""
+        if self.anywhere is None:
+            return [self.group(axes)]
+        total = self.product(axes)
+        found = []
+        for group in self.anywhere.groups(axes):
+            of = {
+                f.name: value[self._places]
+                for f in fields(group)
+                if isinstance(value := getattr(group, f.name), np.ndarray)
+            }
+            if "inside" in of:
+                found.append(replace(group, **of, outside=total / of["inside"]))
+            else:
+                found.append(replace(group, **of, inside=total))
+        return found
+
+    @cached_property
+    def _places(self) -> Rows:
+        assert self.anywhere is not None
+        return self.anywhere.rows(self.sizes)
+
+
+def taken(found: Any, rows: Rows) -> Any:
+    """What was found for some of the candidates: `scattered` the other way round.
+
+    >>> taken((np.arange(4), "same"), np.array([2]))
+    (array([2]), 'same')
+    """
+    if isinstance(found, np.ndarray):
+        return found[..., rows]
+    if isinstance(found, tuple | list):
+        return type(found)(taken(part, rows) for part in found)
+    if is_dataclass(found) and not isinstance(found, type):
+        parts = {f.name: taken(getattr(found, f.name), rows) for f in fields(found)}
+        return replace(found, **parts)
+    return found
 
 
 def scattered(parts: Sequence[tuple[Rows, Any]], count: int) -> Any:

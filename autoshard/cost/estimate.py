@@ -14,7 +14,7 @@ from autoshard.cost.price import MEMORY_HEADROOM, Pricer, Prices
 from autoshard.cost.rates import Rates
 from autoshard.cost.stages import STAGE, waiting
 from autoshard.cost.work import Work
-from autoshard.ir.mesh import AXES
+from autoshard.ir.mesh import AXES, arranged
 from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
 from autoshard.plan.cluster import Cluster
@@ -85,6 +85,7 @@ def estimate(
     whole: Pricer | None = None,
     pipeline: Pipeline | None = None,
     microbatches: int = 1,
+    order: tuple[str, ...] = (),
 ) -> Estimate:
     """Prices one plan in full.
 
@@ -98,21 +99,23 @@ def estimate(
             without most of them: its collectives are the ones spelled out.
         pipeline: How stages take turns, where there are several.
         microbatches: Of a step, where the program is traced without them.
+        order: Of the axes, as in `Strategy`.
 
     Returns:
         The estimate. Of a pipeline times and memory are those of the slowest stage and
         of the fullest one, and collectives those of the slowest.
     """
     row = np.array([[sizes.get(axis, 1) for axis in AXES]], dtype=np.int64)
-    meshes, cuts = Meshes(cluster, row), np.full(1, float(microbatches))
+    orders = np.array([[AXES.index(axis) for axis in arranged(order)]])
+    meshes, cuts = Meshes(cluster, row, orders), np.full(1, float(microbatches))
     active = frozenset(axis for axis, n in sizes.items() if n > 1)
     whole, pricer = (whole or pricer).on(active), pricer.on(active)
     counted_s = None
     if pipeline:
-        (prices,) = pricer.price_stages(cluster, row, cuts, [pipeline])
+        (prices,) = pricer.price_stages(cluster, row, cuts, [pipeline], orders=orders)
         memory = _fullest(pricer, prices, meshes, cuts)
     else:
-        prices = pricer.price(cluster, row, cuts)
+        prices = pricer.price(cluster, row, cuts, orders=orders)
         _, memory = pricer.liveness.memory(meshes, cuts)
         if Rates.counted(cluster):
             counted = pricer.compute_s(meshes, cuts, Rates.compiler(cluster))

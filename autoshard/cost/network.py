@@ -214,13 +214,17 @@ def time_s(kind: str, bytes_: Figures, group: Group, fabric: Fabric) -> Vector:
     return prepare(kind, group, fabric)(bytes_)
 
 
-def prepare(kind: str, group: Group, fabric: Fabric) -> Callable[[Figures], Vector]:
+def prepare(
+    kind: str, group: Group, fabric: Fabric, *others: Group
+) -> Callable[[Figures], Vector]:
     """`time_s` of the bytes alone, for many collectives of one group.
 
     Args:
         kind: One of `KINDS`.
         group: Who takes part.
         fabric: Over what.
+        *others: Other groups of as many members, if there is a choice: the time is that
+            of the fastest.
 
     Returns:
         `bytes_ -> seconds`.
@@ -236,27 +240,33 @@ def prepare(kind: str, group: Group, fabric: Fabric) -> Callable[[Figures], Vect
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no collective; there are {', '.join(KINDS)}")
     ways = _node_ways if fabric.kind == "gpu" else _torus_ways
-    found = [
-        (np.asarray(near), np.asarray(far), np.asarray(latency) + fabric.launch_s)
-        for near, far, latency in ways(kind, group, fabric)
-    ]
-    members = np.asarray(group.members, dtype=np.float64)
-    alone, crosses = members <= 1, np.any(np.asarray(group.outside) > 1)
-    crowd = np.maximum(np.asarray(group.outside) / 2, 1.0) ** fabric.congestion
     inner = group.sharers / (fabric.inner_bytes_per_s * fabric.inner_efficiency)
     outer = group.sharers / (fabric.outer_bytes_per_s * fabric.outer_efficiency)
-    outer = outer * crowd
+    found = []
+    for each in (group, *others):
+        crowd = np.maximum(np.asarray(each.outside) / 2, 1.0) ** fabric.congestion
+        of_group = [
+            (np.asarray(near), np.asarray(far), np.asarray(latency) + fabric.launch_s)
+            for near, far, latency in ways(kind, each, fabric)
+        ]
+        found.append((of_group, outer * crowd))
+    members = np.asarray(group.members, dtype=np.float64)
+    alone = members <= 1
+    crosses = any(np.any(np.asarray(each.outside) > 1) for each in (group, *others))
     join = np.maximum if fabric.kind == "gpu" else np.add
 
     def seconds(bytes_: Figures) -> Vector:
         piece = bytes_ / members
         moved_in = bytes_ * inner * _ramp(piece, fabric.inner_half_bytes)
-        times = [moved_in * near for near, _, _ in found]
-        if crosses:
-            moved_out = bytes_ * outer * _ramp(piece, fabric.outer_half_bytes)
-            both = zip(times, found, strict=True)
-            times = [join(time, moved_out * way[1]) for time, way in both]
-        times = [time + way[2] for time, way in zip(times, found, strict=True)]
+        ramp = _ramp(piece, fabric.outer_half_bytes) if crosses else 1.0
+        times = []
+        for of_group, crowded in found:
+            moved_out = bytes_ * crowded * ramp if crosses else 0.0
+            for near, far, latency in of_group:
+                time = moved_in * near
+                if crosses:
+                    time = join(time, moved_out * far)
+                times.append(time + latency)
         best = functools.reduce(np.minimum, times)
         return np.where(alone, 0.0, best)
 

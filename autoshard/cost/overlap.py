@@ -83,3 +83,44 @@ def exposed_s(
         + prefetched(ahead, rest, constants["gather.interference"])
         + trailing(after, cover, constants["data.exposed"])
     )
+
+
+def least_exposed_s(
+    kind: str,
+    constants: Constants,
+    work: Vector,
+    ahead: Vector,
+    after: Vector,
+    between: Vector,
+) -> Vector:
+    """The least of `exposed_s` where collectives take this long, or longer.
+
+    More of what is ahead or after never shows less. More in between may: gathers and
+    sums run beside it too. What shows is convex in it, and straight but where it has
+    hidden all gathers, or of the sums as much as can be: the least is there, or at the
+    start.
+
+    Args:
+        kind: As in `exposed_s`.
+        constants: As in `exposed_s`.
+        work: As in `exposed_s`.
+        ahead: As in `exposed_s`, at least.
+        after: As in `exposed_s`, at least.
+        between: As in `exposed_s`, at least.
+
+    >>> one = np.ones(1)
+    >>> least_exposed_s("cpu", Constants.shipped(), one, one, one, one).tolist()
+    [3.0]
+    """
+
+    def shown(between: Vector) -> Vector:
+        return exposed_s(kind, constants, work, ahead, after, between)
+
+    found = shown(between)
+    if kind != "gpu":  # the others hide less by it than it takes
+        return found
+    hidden = constants["data.hidden"] * 2 / 3
+    summed = after * (1 - constants["data.exposed"])
+    for rest in (ahead, summed / max(hidden, np.finfo(float).tiny)):
+        found = np.minimum(found, shown(np.maximum(between, rest - work)))
+    return found

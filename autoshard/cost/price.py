@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from autoshard.cost.active import Moves, along
-from autoshard.cost.collectives import Meshes, Rows, Vector, scattered
+from autoshard.cost.collectives import Meshes, Rows, Vector, scattered, taken
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
 from autoshard.cost.liveness import Liveness
@@ -25,14 +25,30 @@ from autoshard.cost.moves import (
     steps_of,
     unique_moves,
 )
-from autoshard.cost.overlap import exposed_s
+from autoshard.cost.overlap import exposed_s, least_exposed_s
 from autoshard.cost.pipeline import Pipeline, bubble_share
+from autoshard.cost.placement import Placements
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
-from autoshard.cost.stages import PLACES, STAGE, Cut, Parts, Table, cut, staged, waiting
+from autoshard.cost.stages import (
+    PLACES,
+    STAGE,
+    Cut,
+    Kernels,
+    Parts,
+    Table,
+    cut,
+    least_s,
+    sent_s,
+    staged,
+    waiting,
+)
 from autoshard.cost.work import Work
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import OUTPUT, Exchange, ShardedProgram
+
+AHEAD, AFTER, BETWEEN = range(3)
+"""When collectives run: gathers of parameters, sums of gradients, and all others."""
 
 MEMORY_HEADROOM = 0.94
 """Share of memory that a program may use; the rest is runtime, communication buffers
@@ -53,6 +69,10 @@ class Prices:
         sent_s: Seconds in transfers between stages, as far as they show.
         cut: How they are cut into stages; None where they are not.
         slowest_share: What the slowest stage has, by place: [place, candidate].
+        kernels: What a chip computes, all blocks on it; of several pipelines, which
+            have it in common, the first has it.
+        least_s: Seconds that a step takes at least, whatever the order of the axes;
+            None where it is not open.
     """
 
     matmul_s: Vector
@@ -64,12 +84,42 @@ class Prices:
     sent_s: Vector | float = 0.0
     cut: Cut | None = None
     slowest_share: Table | None = None
+    kernels: Kernels | None = None
+    least_s: Vector | None = None
 
     @property
     def step_s(self) -> Vector:
         """Seconds per step."""
         work = self.matmul_s + self.other_s + self.collective_s
         return work + self.bubble_s + self.sent_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Candidates that differ by the order of their axes alone.
+
+    Attributes:
+        first: The first of all that are alike, int64[base].
+        of: Which of these each candidate is like, int64[candidate].
+    """
+
+    first: Rows
+    of: Rows
+
+    @staticmethod
+    def of_same(same: Rows) -> _Alike:
+        _, first, of = np.unique(same, return_index=True, return_inverse=True)
+        return _Alike(first, of)
+
+    @staticmethod
+    def none(count: int) -> _Alike:
+        return _Alike(np.arange(count), np.arange(count))
+
+    def any(self, wanted: np.ndarray) -> np.ndarray:
+        """Of which some candidate is wanted, bool[base]."""
+        found = np.zeros(len(self.first), dtype=bool)
+        found[self.of[wanted]] = True
+        return found
 
 
 T = TypeVar("T")
@@ -109,6 +159,10 @@ class Pricer:
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
         limit_s: float = float("inf"),
+        orders: Rows | None = None,
+        anywhere: Placements | None = None,
+        known: Prices | None = None,
+        same: Rows | None = None,
     ) -> Prices:
         """Prices candidates of one stage.
 
@@ -117,6 +171,13 @@ class Pricer:
             sizes: int64[candidate, axis] in the order of `AXES`.
             microbatches: float64[candidate]; pieces the batch is cut into.
             limit_s: Seconds above which memory is not wanted; it is NaN there.
+            orders: int64[candidate, place], see `Meshes`.
+            anywhere: Where axes may lie in other orders: then `least_s` is a bound over
+                all of them.
+            known: Of the same candidates in another order. Their kernels and memory are
+                the same, and not found again.
+            same: int64[candidate]; those with the same number differ by their order
+                alone. What these have in common is found once.
 
         Returns:
             Costs per candidate.
@@ -124,10 +185,12 @@ class Pricer:
         Raises:
             InputError: The chip has no peak for a dtype the program multiplies in.
         """
-        meshes = Meshes(cluster, sizes)
+        meshes = Meshes(cluster, sizes, orders)
 
-        def one(pricer: Pricer, part: Meshes, cuts: Vector) -> Prices:
-            return pricer._price(part, cuts, limit_s)
+        def one(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Prices:
+            found = taken(known, rows) if known else None
+            alike = None if same is None else _Alike.of_same(same[rows])
+            return pricer._price(part, cuts, limit_s, anywhere, found, alike)
 
         return self._apart(meshes, microbatches, one)
 
@@ -138,6 +201,10 @@ class Pricer:
         microbatches: Vector,
         pipelines: Sequence[Pipeline],
         limit_s: float = float("inf"),
+        orders: Rows | None = None,
+        anywhere: Placements | None = None,
+        known: Sequence[Prices] = (),
+        same: Rows | None = None,
     ) -> list[Prices]:
         """Prices candidates of several stages, once for each pipeline.
 
@@ -147,15 +214,26 @@ class Pricer:
             microbatches: As in `price`.
             pipelines: How stages take turns.
             limit_s: As in `price`.
+            orders: As in `price`.
+            anywhere: As in `price`.
+            known: As in `price`, for each pipeline; the cut is the same too.
+            same: As in `price`.
 
         Returns:
             Costs per candidate, as in `price`, for each pipeline, with the cut; those
-            of a candidate that cannot be cut so mean nothing.
+            of a candidate that cannot be cut so mean nothing. In all orders it is cut
+            as is balanced in the order of `AXES`.
         """
-        meshes = Meshes(cluster, sizes)
+        meshes = Meshes(cluster, sizes, orders)
 
-        def each(pricer: Pricer, part: Meshes, cuts: Vector) -> list[Prices]:
-            return pricer._price_stages(part, cuts, pipelines, limit_s)
+        def each(
+            pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows
+        ) -> list[Prices]:
+            found = [taken(prices, rows) for prices in known]
+            alike = None if same is None else _Alike.of_same(same[rows])
+            return pricer._price_stages(
+                part, cuts, pipelines, limit_s, anywhere, found, alike
+            )
 
         return self._apart(meshes, microbatches, each)
 
@@ -178,7 +256,7 @@ class Pricer:
         self,
         meshes: Meshes,
         cuts: Vector,
-        price: Callable[[Pricer, Meshes, Vector], T],
+        price: Callable[[Pricer, Meshes, Vector, Rows], T],
     ) -> T:
         """Prices candidates with what prices them, and puts all prices together."""
         by: dict[int, tuple[Pricer, list[Rows]]] = {}
@@ -187,22 +265,44 @@ class Pricer:
             by.setdefault(id(pricer), (pricer, []))[1].append(rows)
         if len(by) <= 1:
             (pricer, _), *_ = [*by.values(), (self, [])]
-            return price(pricer, meshes, cuts)
+            return price(pricer, meshes, cuts, np.arange(len(meshes)))
         parts = []
         for pricer, of_pricer in by.values():
             rows = np.concatenate(of_pricer)
-            parts.append((rows, price(pricer, meshes.take(rows), cuts[rows])))
+            parts.append((rows, price(pricer, meshes.take(rows), cuts[rows], rows)))
         return scattered(parts, len(meshes))
 
-    def _price(self, meshes: Meshes, microbatches: Vector, limit_s: float) -> Prices:
-        parts = self.parts(meshes, microbatches)
+    def _price(
+        self,
+        meshes: Meshes,
+        microbatches: Vector,
+        limit_s: float,
+        anywhere: Placements | None,
+        known: Prices | None,
+        same: _Alike | None,
+    ) -> Prices:
+        same = same or _Alike.none(len(meshes))
+        base, cuts = meshes.take(same.first), microbatches[same.first]
+        kernels = known.kernels if known else None
+        kernels = kernels or taken(self._kernels(base, cuts), same.of)
+        free = meshes.free(anywhere) if anywhere else None
+        parts, least = self._placed(kernels, meshes, microbatches, free)
         matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
         shown = parts.shown.sum(axis=0)
-        hidden = parts.collective.sum(axis=0) - shown
-        peak = np.full(len(meshes), np.nan)
-        at = np.flatnonzero(matmul + other + shown <= limit_s)
-        peak[at], _ = self.liveness.memory(meshes.take(at), microbatches[at])
-        return Prices(matmul, other, shown, peak, hidden)
+        if known:
+            peaks = known.peak_bytes
+        else:
+            wanted = same.any(matmul + other + shown <= limit_s)
+            peaks = self._peaks(base, cuts, [None], [wanted])[0][same.of]
+        return Prices(
+            matmul,
+            other,
+            shown,
+            peaks,
+            parts.collective.sum(axis=0) - shown,
+            kernels=kernels,
+            least_s=None if least is None else matmul + other + least,
+        )
 
     def _price_stages(
         self,
@@ -210,10 +310,29 @@ class Pricer:
         microbatches: Vector,
         pipelines: Sequence[Pipeline],
         limit_s: float,
+        anywhere: Placements | None,
+        known: Sequence[Prices],
+        same: _Alike | None,
     ) -> list[Prices]:
-        parts = self.parts(meshes, microbatches)
+        same = same or _Alike.none(len(meshes))
+        base, cuts = meshes.take(same.first), microbatches[same.first]
+        kernels = known[0].kernels if known else None
+        kernels = kernels or taken(self._kernels(base, cuts), same.of)
+        free = meshes.free(anywhere) if anywhere else None
+        parts, least = self._placed(kernels, meshes, microbatches, free)
         segments, counts = self.work.segments, meshes.product(STAGE)
-        blocks = segments.blocks
+        hows = [prices.cut for prices in known]
+        if not known:
+            even = taken(parts, same.first)
+            if not base.canonical:
+                plain = Meshes(base.cluster, base.sizes)
+                own = taken(kernels, same.first)
+                even, _ = self._placed(own, plain, cuts, None)
+            of_base = base.product(STAGE)
+            hows = [
+                taken(cut(how, segments.blocks, even, of_base, cuts), same.of)
+                for how in pipelines
+            ]
         sent = np.zeros(len(meshes))
         for v in segments.sent:
             axes = axes_of(self.sharded.specs[v])
@@ -223,83 +342,159 @@ class Pricer:
             if segments.of_value[v] == BOTH:
                 axes = axes_of(self.sharded.specs[v])
                 shared += self.local_bytes(v, axes, meshes, np.ones(1))
+        hops = (microbatches, sent, shared, self.constants)
         found = []
-        for pipeline in pipelines:
-            how = cut(pipeline, blocks, parts, counts, microbatches)
-            time = staged(
-                how, parts, meshes, microbatches, sent, shared, self.constants
-            )
+        for k, how in enumerate(hows):
+            assert how is not None
+            passed = sent_s(how.pipeline, meshes, *hops)
+            time = staged(how, parts, meshes, microbatches, passed, self.constants)
+            bound = None
+            if free is not None and least is not None:
+                bound = sent_s(how.pipeline, free, *hops)
+                bound += least_s(
+                    how, kernels, least, counts, microbatches, self.constants
+                )
+            nothing = np.full(len(meshes), np.nan)
             found.append(
                 Prices(
                     matmul_s=time.matmul,
                     other_s=time.other,
                     collective_s=time.shown,
-                    peak_bytes=np.full(len(meshes), np.nan),
+                    peak_bytes=known[k].peak_bytes if known else nothing,
                     hidden_s=time.hidden,
                     bubble_s=time.bubble,
                     sent_s=time.sent,
                     cut=how,
                     slowest_share=time.share,
+                    kernels=None if found else kernels,
+                    least_s=bound,
                 )
             )
-        self._fill_peaks(meshes, microbatches, found, limit_s)
-        return found
+        if known:
+            return found
+        wanted = [same.any(prices.step_s <= limit_s) for prices in found]
+        of_base = [taken(how, same.first) for how in hows]
+        peaks = self._peaks(base, cuts, of_base, wanted)
+        return [
+            replace(prices, peak_bytes=own[same.of])
+            for prices, own in zip(found, peaks, strict=True)
+        ]
 
-    def _fill_peaks(
-        self, meshes: Meshes, cuts: Vector, found: Sequence[Prices], limit_s: float
-    ) -> None:
-        """Writes the peaks of all stages of all pipelines, found in one go."""
+    def peak_bytes(
+        self,
+        cluster: Cluster,
+        sizes: np.ndarray[Any, np.dtype[np.int64]],
+        microbatches: Vector,
+        how: Cut | None,
+    ) -> Vector:
+        """Peak bytes per chip of candidates.
+
+        Args:
+            cluster: As in `price`.
+            sizes: As in `price`.
+            microbatches: As in `price`.
+            how: How they are cut, where they have several stages.
+        """
+
+        def peaks(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Vector:
+            every = np.ones(len(rows), dtype=bool)
+            return pricer._peaks(part, cuts, [taken(how, rows)], [every])[0]
+
+        return self._apart(Meshes(cluster, sizes), microbatches, peaks)
+
+    def _peaks(
+        self,
+        meshes: Meshes,
+        cuts: Vector,
+        hows: Sequence[Cut | None],
+        wanted: Sequence[np.ndarray],
+    ) -> list[Vector]:
+        """Peaks of all stages of all pipelines, found in one go; NaN if not wanted."""
         counts = meshes.product(STAGE)
-        places: list[tuple[Prices, np.ndarray]] = []
+        found = [np.full(len(meshes), np.nan) for _ in hows]
+        places: list[tuple[Vector, np.ndarray]] = []
         shares, later = [], []
-        for prices in found:
-            how = prices.cut
-            assert how is not None
-            wanted = how.valid & (prices.step_s <= limit_s)
-            prices.peak_bytes[wanted] = 0.0
+        for how, here, peaks in zip(hows, wanted, found, strict=True):
+            if how is None:
+                at = np.flatnonzero(here)
+                peaks[at], _ = self.liveness.memory(meshes.take(at), cuts[at])
+                continue
+            here = here & how.valid
+            peaks[here] = 0.0
             for stage in how.stages:
-                at = np.flatnonzero(wanted & stage.exists)
-                places.append((prices, at))
+                at = np.flatnonzero(here & stage.exists)
+                places.append((peaks, at))
                 shares.append(stage.share[:, at])
                 later.append(waiting(how, stage, counts, cuts)[at])
+        if not places:
+            return found
         rows = np.concatenate([at for _, at in places])
-        stages = meshes.take(rows)
-        peaks, _ = self.liveness.memory(
-            stages, cuts[rows], np.concatenate(shares, axis=1), np.concatenate(later)
+        every, _ = self.liveness.memory(
+            meshes.take(rows),
+            cuts[rows],
+            np.concatenate(shares, axis=1),
+            np.concatenate(later),
         )
         begin = 0
-        for prices, at in places:
-            own = peaks[begin : begin + len(at)]
-            prices.peak_bytes[at] = np.maximum(prices.peak_bytes[at], own)
+        for peaks, at in places:
+            peaks[at] = np.maximum(peaks[at], every[begin : begin + len(at)])
             begin += len(at)
+        return found
 
     def parts(self, meshes: Meshes, microbatches: Vector) -> Parts:
         """Seconds of a step by what belongs together, all blocks on every chip."""
-        cluster = meshes.cluster
-        rates = Rates.of(cluster, self.constants)
-        matmul, other, update = self._compute_parts(meshes, microbatches, rates)
-        ahead, after, between = (np.zeros((PLACES, len(meshes))) for _ in range(3))
+        kernels = self._kernels(meshes, microbatches)
+        return self._placed(kernels, meshes, microbatches, None)[0]
+
+    def _placed(
+        self,
+        kernels: Kernels,
+        meshes: Meshes,
+        microbatches: Vector,
+        free: Meshes | None,
+    ) -> tuple[Parts, Vector | None]:
+        """Kernels with collectives, and what of these shows at least in any order."""
+        kind, constants = meshes.cluster.kind, self.constants
+        sums = np.zeros((3, PLACES, len(meshes)))
+        least = np.zeros((3, len(meshes)))
         of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
+
+        def add(
+            when: int, place: int, name: str, axes: Sequence[str], *found: Vector
+        ) -> None:
+            time, size, runs = found
+            sums[when, place] += time
+            if free is not None:
+                least[when] += runs * free.time_s(name, frozenset(axes), size)
+
         for index, move in enumerate(self.moves):
-            where = (
-                ahead
+            when = (
+                AHEAD
                 if index in self._prefetched
-                else after
+                else AFTER
                 if index in self._trailing
-                else between
+                else BETWEEN
             )
             place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
-            for _, time, _, _ in self.collective(index, meshes, microbatches):
-                where[place] += time
+            for step, *found in self.collective(index, meshes, microbatches):
+                add(when, place, step.kind, step.axes, *found)
         for exchange in self.sharded.exchanges:
-            seconds = self.exchange(exchange, meshes, microbatches)[0]
-            between[of_op[exchange.op]] += seconds
-        collective = ahead + after + between
-        work = (matmul + other).sum(axis=0)
-        sums = (kind.sum(axis=0) for kind in (ahead, after, between))
-        exposed = exposed_s(cluster.kind, self.constants, work, *sums)
+            found = self.exchange(exchange, meshes, microbatches)
+            add(BETWEEN, of_op[exchange.op], exchange.kind, exchange.axes, *found)
+        collective = sums.sum(axis=0)
+        work = (kernels.matmul + kernels.other).sum(axis=0)
+        exposed = exposed_s(kind, constants, work, *sums.sum(axis=1))
         whole = np.maximum(collective.sum(axis=0), np.finfo(float).tiny)
-        return Parts(matmul, other, update, collective, collective / whole * exposed)
+        parts = Parts(
+            kernels.matmul,
+            kernels.other,
+            kernels.update,
+            collective,
+            collective / whole * exposed,
+        )
+        if free is None:
+            return parts, None
+        return parts, least_exposed_s(kind, constants, work, *least)
 
     def floor_s(
         self,
@@ -307,6 +502,8 @@ class Pricer:
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
         pipelines: Sequence[Pipeline] = (),
+        orders: Rows | None = None,
+        anywhere: Placements | None = None,
     ) -> Vector:
         """Seconds that a step takes at least, however state is stored.
 
@@ -321,12 +518,17 @@ class Pricer:
             sizes: As in `price`.
             microbatches: As in `price`.
             pipelines: How stages may take turns, where there are several.
+            orders: As in `price`.
+            anywhere: Where axes may lie, if their order is open: then the bound is one
+                of all orders.
         """
 
-        def floor(pricer: Pricer, part: Meshes, cuts: Vector) -> Vector:
+        def floor(pricer: Pricer, part: Meshes, cuts: Vector, _: Rows) -> Vector:
             return pricer._floor_s(part, cuts, pipelines)
 
-        return self._apart(Meshes(cluster, sizes), microbatches, floor)
+        return self._apart(
+            Meshes(cluster, sizes, orders, anywhere), microbatches, floor
+        )
 
     def _floor_s(
         self, meshes: Meshes, microbatches: Vector, pipelines: Sequence[Pipeline]
@@ -390,13 +592,14 @@ class Pricer:
         self, meshes: Meshes, cuts: Vector, rates: Rates
     ) -> tuple[Vector, Vector]:
         """Seconds in products, and in all else that a chip computes, at some rates."""
-        matmul, other, _ = self._compute_parts(meshes, cuts, rates)
-        return matmul.sum(axis=0), other.sum(axis=0)
+        found = self._kernels(meshes, cuts, rates)
+        return found.matmul.sum(axis=0), found.other.sum(axis=0)
 
-    def _compute_parts(
-        self, meshes: Meshes, cuts: Vector, rates: Rates
-    ) -> tuple[Table, Table, Table]:
-        """The same by what belongs together, and the update's part of both."""
+    def _kernels(
+        self, meshes: Meshes, cuts: Vector, rates: Rates | None = None
+    ) -> Kernels:
+        """The same by what belongs together, by default at the rates of the cluster."""
+        rates = rates or Rates.of(meshes.cluster, self.constants)
         matmul, other, update = (np.zeros((PLACES, len(meshes))) for _ in range(3))
         places = self.work.segments
         for time in self.compute.times(meshes, cuts, rates):
@@ -414,7 +617,7 @@ class Pricer:
             moved = moved * self.work.alike[value]
             place = places.of_value[value]
             other[place] += np.where(cuts > 1, cuts * moved, 0.0)
-        return matmul, other, update
+        return Kernels(matmul, other, update)
 
     def _gradient_leaves(self) -> list[int]:
         return [

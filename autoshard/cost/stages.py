@@ -32,15 +32,32 @@ Table = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
+class Kernels:
+    """Seconds in which a chip computes, all blocks on every chip, by what has them.
+
+    Each is float64[place, candidate], places as in `segments`.
+
+    Attributes:
+        matmul: In matrix products.
+        other: In everything else.
+        update: Of both, in the optimizer.
+    """
+
+    matmul: Table
+    other: Table
+    update: Table
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """Seconds of a step in which all blocks are on every chip, by what has them.
 
     Each is float64[place, candidate], places as in `segments`.
 
     Attributes:
-        matmul: In matrix products.
-        other: In everything else a chip computes.
-        update: Of both, in the optimizer.
+        matmul: As in `Kernels`.
+        other: As in `Kernels`.
+        update: As in `Kernels`.
         collective: In collectives, hidden or not.
         shown: Of these, what computation does not hide.
     """
@@ -188,8 +205,7 @@ def staged(
     parts: Parts,
     meshes: Meshes,
     cuts: Vector,
-    sent_bytes: Vector,
-    shared_bytes: Vector,
+    sent: Vector,
     constants: Constants,
 ) -> StagedTime:
     """Prices candidates that are cut into stages.
@@ -199,8 +215,7 @@ def staged(
         parts: What the program takes uncut.
         meshes: The candidates.
         cuts: Microbatches.
-        sent_bytes: What one microbatch hands from block to block, on one device.
-        shared_bytes: Gradients of what both ends have (tied embeddings), on one device.
+        sent: From `sent_s`.
         constants: Of the cost model.
     """
     counts, pipeline = meshes.product(STAGE), how.pipeline
@@ -226,15 +241,6 @@ def staged(
     unfilled = bubble_share(pipeline.schedule, counts, cuts, zero_bubble)
     waited = np.maximum(whole - longest, 0.0) / cuts
     bubble = unfilled * waited / pipeline.virtual
-    # A microbatch goes to the next part, and its gradient comes back.
-    hop = meshes.time_s("permute", STAGE, sent_bytes)
-    shown = constants["network.point_to_point"]
-    sent = 2 * cuts * hop * shown * pipeline.virtual
-    if pipeline.vocab == "spread":
-        # All stages get the last block's result, and the sum of what they make of it.
-        sent = sent + 2 * cuts * meshes.time_s("all_reduce", STAGE, sent_bytes)
-    else:
-        sent = sent + 2 * meshes.time_s("permute", STAGE, shared_bytes)
     return StagedTime(
         matmul=of_slowest(parts.matmul),
         other=of_slowest(parts.other),
@@ -246,6 +252,76 @@ def staged(
             np.array([stage.share for stage in how.stages]), slowest[None, None], axis=0
         )[0],
     )
+
+
+def sent_s(
+    pipeline: Pipeline,
+    meshes: Meshes,
+    cuts: Vector,
+    sent_bytes: Vector,
+    shared_bytes: Vector,
+    constants: Constants,
+) -> Vector:
+    """Seconds in transfers between stages, as far as they show.
+
+    Args:
+        pipeline: How the stages take turns.
+        meshes: The candidates.
+        cuts: Microbatches.
+        sent_bytes: What one microbatch hands from block to block, on one device.
+        shared_bytes: Gradients of what both ends have (tied embeddings), on one device.
+        constants: Of the cost model.
+    """
+    # A microbatch goes to the next part, and its gradient comes back.
+    hop = meshes.time_s("permute", STAGE, sent_bytes)
+    shown = constants["network.point_to_point"]
+    sent = 2 * cuts * hop * shown * pipeline.virtual
+    if pipeline.vocab == "spread":
+        # All stages get the last block's result, and the sum of what they make of it.
+        return sent + 2 * cuts * meshes.time_s("all_reduce", STAGE, sent_bytes)
+    return sent + 2 * meshes.time_s("permute", STAGE, shared_bytes)
+
+
+def least_s(
+    how: Cut,
+    kernels: Kernels,
+    shown: Vector,
+    counts: Vector,
+    cuts: Vector,
+    constants: Constants,
+) -> Vector:
+    """Seconds of a step at least, but for transfers, whoever has the collectives.
+
+    All stages together are busy for B, so that the slowest is for B / p or more, and
+    for what it computes: for X. With L for the longest without its update, a share u of
+    what all others take, W - L, is waited for: the step takes max(X, L) + u (W - L),
+    where u <= 1. That is least where L = X.
+
+    Args:
+        how: The cut.
+        kernels: What a chip computes uncut.
+        shown: What shows of collectives at least; who has them is not known.
+        counts: Stages.
+        cuts: Microbatches.
+        constants: Of the cost model.
+    """
+    pipeline = how.pipeline
+    ends = 0.0 if pipeline.vocab == "spread" else 1.0
+
+    def of_all(table: Table) -> Vector:
+        return table.sum(axis=0) + ends * table[BOTH] + (counts - 1) * table[ALL]
+
+    computed = kernels.matmul + kernels.other
+    busy = of_all(computed) + shown
+    slowest = busy / counts
+    for stage in how.stages:
+        own = (stage.share * computed).sum(axis=0)
+        slowest = np.where(stage.exists, np.maximum(slowest, own), slowest)
+    zero_bubble = constants["pipeline.zero_bubble"]
+    share = bubble_share(pipeline.schedule, counts, cuts, zero_bubble)
+    wait = share / cuts / pipeline.virtual
+    rest = busy - of_all(kernels.update)
+    return slowest + wait * np.maximum(rest - slowest, 0.0)
 
 
 def waiting(how: Cut, stage: Stage, counts: Vector, cuts: Vector) -> Vector:

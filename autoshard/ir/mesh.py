@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -40,6 +40,21 @@ def check_axis(axis: str, where: str) -> None:
         raise NameUnknownError(
             f"{where}: unknown mesh axis {axis!r}; the mesh axes are {', '.join(AXES)}."
         )
+
+
+def arranged(order: Iterable[str]) -> tuple[str, ...]:
+    """All axes as they are laid out, the outermost first.
+
+    Args:
+        order: Some of them, in the order wanted. They share the places that they have
+            in `AXES`; all others stay where they are there.
+
+    >>> arranged(["tensor", "fsdp"])
+    ('stage', 'data', 'tensor', 'expert', 'context', 'fsdp')
+    """
+    wanted = list(order)
+    named = iter(wanted)
+    return tuple(next(named) if axis in wanted else axis for axis in AXES)
 
 
 def canonical_axis(axis: str, aliases: Mapping[str, str], where: str) -> str:

@@ -18,11 +18,14 @@ from autoshard.ir.train_step import TrainState, TrainStep
 from autoshard.lower.check import check_fingerprint, check_tensors
 from autoshard.lower.pins import Pins
 from autoshard.lower.special import special_ops
+from autoshard.plan.devices import row_major
 from autoshard.plan.schema import Plan
 
 
 def build_mesh(plan: Plan, devices: Sequence[Any] | None = None) -> Mesh:
     """The plan's mesh over real devices, every axis left to the partitioner (Auto).
+
+    Devices are laid out as the plan is priced: row-major in the order of its axes.
 
     Raises:
         PlanMismatchError: There are fewer devices than the plan needs.
@@ -36,11 +39,12 @@ def build_mesh(plan: Plan, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(available)} devices here ({', '.join(kinds)}). Search again for "
             f"what is here; on a CPU, --cluster cpu:8 runs on 8 virtual devices."
         )
-    return jax.make_mesh(
-        tuple(axis.size for axis in plan.axes),
+    laid_out = np.empty(needed, dtype=object)
+    laid_out[:] = row_major(available)[:needed]
+    return Mesh(
+        laid_out.reshape([axis.size for axis in plan.axes]),
         tuple(axis.axis for axis in plan.axes),
         axis_types=(AxisType.Auto,) * len(plan.axes),
-        devices=available[:needed],
     )
 
 

@@ -21,6 +21,7 @@ from autoshard.measure.effort import FULL, Effort, seconds_of_one
 from autoshard.measure.fit import Sample, fit_link
 from autoshard.plan.chip import NAME, ChipType, Figure, Link, load_type
 from autoshard.plan.cluster import Cluster
+from autoshard.plan.devices import row_major
 
 Log = Callable[[str], None]
 
@@ -225,7 +226,7 @@ def _links(
         return (_taken(base.links[0], why), *outer)
     samples = []
     sizes = effort.cpu_message_bytes if base.kind == "cpu" else effort.message_bytes
-    placed, pairs = _in_order(devices), [2] * (len(devices) % 2 == 0)
+    placed, pairs = row_major(devices), [2] * (len(devices) % 2 == 0)
     counts = sorted({*pairs, len(devices)})
     for count, kind in ((c, k) for c in counts for k in programs.COLLECTIVES):
         group = _group(placed, count, base)
@@ -281,13 +282,6 @@ def _figure(value: float, source: str) -> Figure:
 
 
 # --- where the devices are ---
-
-
-def _in_order(devices: Sequence[Any]) -> list[Any]:
-    """Row-major over the torus, where there is one."""
-    if devices[0].platform != "tpu":
-        return list(devices)
-    return sorted(devices, key=lambda d: tuple(d.coords))
 
 
 def _shape(devices: Sequence[Any], base: ChipType) -> tuple[int, ...]:

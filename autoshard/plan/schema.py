@@ -140,8 +140,8 @@ class Plan(Record):
         autoshard: Version that wrote it.
         program: What it was made for.
         cluster: Where it runs.
-        axes: Mesh axes with more than one device or named by the strategy, slowest
-            network first; devices are laid out row-major in this order.
+        axes: Mesh axes with more than one device or named by the strategy, in the order
+            in which devices are laid out, row-major: the outermost first.
         strategy: The filled policy.
         tensors: State and data tensors.
         outputs: Spec per flat result of the step.
@@ -180,6 +180,7 @@ class Plan(Record):
     def _has_no_holes(self) -> Plan:
         holes = [
             *(f"mesh.{a}" for a, n in self.strategy.mesh.items() if n == "auto"),
+            *(["order"] if self.strategy.order == "auto" else []),
             *(f"rules.{r.logical}" for r in self.strategy.rules if r.axes == "auto"),
             *(
                 f"storage.{s}"

@@ -97,6 +97,10 @@ class Strategy(Record):
         about: One sentence.
         cite: Where it was published.
         mesh: Size per mesh axis; an axis not named has size 1.
+        order: How axes are laid out over the devices, the outermost first, row-major:
+            the last has its devices next to each other. Axes that are named share the
+            places that they have in the canonical order (`ir.mesh.AXES`), the others
+            stay where they are in it; none need be named.
         rules: Logical axis to mesh axes, in order of priority.
         storage: See `Storage`.
         schedule: See `Schedule`.
@@ -118,6 +122,7 @@ class Strategy(Record):
     about: str
     cite: tuple[str, ...] = ()
     mesh: dict[str, Annotated[int, Field(ge=1)] | Auto]
+    order: Axes | Auto = ()
     rules: tuple[Rule, ...] = ()
     storage: Storage = Storage()
     schedule: Schedule = Schedule()
@@ -161,6 +166,7 @@ class Strategy(Record):
     def _axes_are_known(self) -> Strategy:
         for axis in self.mesh:
             check_axis(axis, "[mesh]")
+        self._check(self.order, "order")
         for rule in self.rules:
             self._check(rule.axes, f"[rules] {rule.logical}")
         names = [rule.logical for rule in self.rules]

@@ -19,6 +19,7 @@ import numpy as np
 from autoshard.cost import Pricer
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.pipeline import Pipeline
+from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
@@ -31,34 +32,12 @@ from autoshard.propagate import propagate
 from autoshard.search import space
 from autoshard.search.alike import distinct, felt, state_dims
 from autoshard.search.divisible import batch_divides, divisible
+from autoshard.search.placing import Placing
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.reading import Sketch, fixed_sizes
+from autoshard.search.watch import Watch
 
 Log = Callable[[str], None]
-
-
-@dataclass
-class Watch:
-    """What candidates must be below to be priced, and how many were not.
-
-    Attributes:
-        step_s: Seconds a step; may be lowered between two structures.
-        bytes_: Of a chip's memory.
-        visited: Structures looked at.
-        alike: Candidates that are what another structure is: where the two differ, the
-            mesh has one device.
-        pruned: Candidates that a bound on their time ruled out.
-        indivisible: Candidates of which a dim does not divide.
-        too_large: Candidates whose state alone does not fit in memory.
-    """
-
-    step_s: float = float("inf")
-    bytes_: float = float("inf")
-    visited: int = 0
-    alike: int = 0
-    pruned: int = 0
-    indivisible: int = 0
-    too_large: int = 0
 
 
 @dataclass
@@ -193,7 +172,6 @@ class Space:
         cluster: Cluster,
         keep: Strategy | None = None,
         watch: Watch | None = None,
-        bounded: bool = False,
     ) -> Iterator[Candidates]:
         """The structures one after the other, each with its candidates priced.
 
@@ -201,12 +179,12 @@ class Space:
             strategy: Which fields are fixed and which are holes.
             cluster: Where.
             keep: A strategy whose fixed fields are among what the holes may become.
-            watch: What need not be priced, and where it is counted.
-            bounded: Whether there is anything that need not be priced.
+            watch: What need not be priced, and where it is counted; by default all is
+                priced, but of orders of the axes only what may be on the front.
         """
-        watch = watch or Watch()
+        watch = watch or Watch(bytes_=cluster.hbm_bytes * MEMORY_HEADROOM)
         for grid, cuts in self.rounds(strategy, cluster):
-            yield from self._round(strategy, cluster, keep, watch, bounded, grid, cuts)
+            yield from self._round(strategy, cluster, keep, watch, grid, cuts)
 
     def rounds(
         self, strategy: Strategy, cluster: Cluster
@@ -225,10 +203,11 @@ class Space:
         cluster: Cluster,
         keep: Strategy | None,
         watch: Watch,
-        bounded: bool,
         grid: np.ndarray,
         cuts: np.ndarray,
     ) -> Iterator[Candidates]:
+        bounded = watch.best is not None
+        placing = Placing.of(strategy, cluster, grid)
         required = strategy.schedule.remat != "auto"
         batch, hows = self.batch(), self.pipelines(strategy)
         earlier: list[Strategy] = []
@@ -252,7 +231,7 @@ class Space:
             if len(ask):
                 pricer = self._pricer(first, sketch)
                 floor_s[ask] = _floor_s(
-                    pricer, cluster, grid[ask], cuts[ask], batch, hows
+                    pricer, cluster, grid[ask], cuts[ask], batch, hows, placing
                 )
             here = new & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
@@ -278,11 +257,9 @@ class Space:
                         watch.too_large += int((~small).sum())
                         at = at[small]
                     parts.append((pricer, grid[at], cuts[at]))
-            limit_s = watch.step_s if bounded else float("inf")
             propagated = partial(self._pricer, structure, sketch)
-            found, left = price(propagated, structure, cluster, parts, hows, limit_s)
-            watch.indivisible += left.uncut
-            watch.pruned += left.slower
+            found = price(propagated, structure, cluster, parts, hows, placing, watch)
+            watch.saw(found.sizes, found.step_s, found.peak_bytes)
             yield found
 
     def _parts(
@@ -413,6 +390,7 @@ def _floor_s(
     cuts: np.ndarray,
     batch: int,
     pipelines: Sequence[Pipeline],
+    placing: Placing,
 ) -> np.ndarray:
     """Bounds of all structures with these rules and remat, float64[candidate].
 
@@ -421,6 +399,11 @@ def _floor_s(
     floor_s = np.full(len(grid), np.nan)
     fits = batch_divides(pricer, grid, cuts, batch)
     floor_s[fits] = pricer.floor_s(
-        cluster, grid[fits], cuts[fits].astype(float), pipelines
+        cluster,
+        grid[fits],
+        cuts[fits].astype(float),
+        pipelines,
+        placing.orders(int(fits.sum())),
+        placing.anywhere,
     )
     return floor_s

@@ -13,8 +13,9 @@ from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Strategy
 from autoshard.search import space
-from autoshard.search.candidates import Space, Watch
+from autoshard.search.candidates import Space
 from autoshard.search.priced import Candidates
+from autoshard.search.watch import Watch
 
 _PROGRESS_EVERY_S = 1.0
 
@@ -106,7 +107,8 @@ def explore(
         strategy: Which fields are fixed and which are holes.
         cluster: Where to run.
         best: How many of the best are wanted, each of another structure or mesh: what a
-            bound rules out to be one of them is not priced. All is where it is None.
+            bound rules out to be one of them is not priced. All is where it is None,
+            but of orders of the axes only what may be on the front.
         time_limit_s: Seconds after which no further structure is begun.
     """
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM
@@ -117,22 +119,20 @@ def explore(
     assert plain is not None
     shallow = plain.shallow
     floor_s = fastest_s(shallow.traced.program, shallow.classes, shallow.work, cluster)
-    watch = Watch(bytes_=capacity)
+    watch = Watch(best, capacity)
     groups: list[Candidates] = []
-    bests: list[float] = []
     why, tried = "", 0
-    found = everything.priced(strategy, cluster, watch=watch, bounded=best is not None)
+    found = everything.priced(strategy, cluster, watch=watch)
     try:
         for group in found:
             groups.append(group)
             tried += len(group.sizes)
-            bests = sorted([*bests, *_per_mesh(group, capacity)])[: best or 1]
-            if best is not None and len(bests) == best:
-                watch.step_s = bests[-1]
             now_s = time.monotonic()
             if now_s - said_s >= _PROGRESS_EVERY_S:
                 said_s = now_s
-                incumbent = f"best {bests[0]:.4g} s" if bests else "none fits yet"
+                best_s = watch.fastest_s
+                fits = best_s < float("inf")
+                incumbent = f"best {best_s:.4g} s" if fits else "none fits yet"
                 everything.log(
                     f"{tried} candidates priced, {watch.visited} of {whole} structures "
                     f"looked at; {incumbent}, none below {floor_s:.4g} s"
@@ -155,14 +155,3 @@ def explore(
         left=left,
         why=why if left else "",
     )
-
-
-def _per_mesh(group: Candidates, capacity: float) -> list[float]:
-    """Seconds of the best that fits on each mesh of a structure."""
-    fits = group.peak_bytes <= capacity
-    if not fits.any():
-        return []
-    _, mesh = np.unique(group.sizes[fits], axis=0, return_inverse=True)
-    fastest = np.full(mesh.max() + 1, np.inf)
-    np.minimum.at(fastest, mesh, group.step_s[fits])
-    return fastest.tolist()

@@ -10,7 +10,7 @@ import numpy as np
 from autoshard.cost import Pricer, estimate, model_flops
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.work import analyse
-from autoshard.ir.mesh import AXES, Spec
+from autoshard.ir.mesh import Spec, arranged
 from autoshard.ir.train_step import TrainStep
 from autoshard.ir.version import VERSION
 from autoshard.plan.cluster import Cluster
@@ -58,6 +58,7 @@ def finish(
     """
     schedule, sizes = strategy.schedule, _sizes(strategy)
     assert schedule.microbatches != "auto"
+    assert strategy.order != "auto"
     pipeline = _pipeline(strategy) if schedule.pipeline != "none" else None
     if isinstance(fn, TrainStep):
         # Stages have microbatches of their own: the program is that of one.
@@ -82,6 +83,7 @@ def finish(
         whole,
         pipeline,
         schedule.microbatches if pipeline else 1,
+        strategy.order,
     )
     bound = min(certificate.lower_bound_s, predicted.step_s)
     certificate = certificate.model_copy(
@@ -109,7 +111,9 @@ def finish(
             num_chips=cluster.num_chips,
         ),
         axes=tuple(
-            MeshAxis(axis=axis, size=sizes[axis]) for axis in AXES if axis in sizes
+            MeshAxis(axis=axis, size=sizes[axis])
+            for axis in arranged(strategy.order)
+            if axis in sizes
         ),
         strategy=strategy,
         tensors=tuple(_tensors(sharded)),

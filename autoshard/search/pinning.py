@@ -17,6 +17,7 @@ _SCHEDULE = tuple(Schedule.model_fields)
 _FORMS = (
     *AXES,
     *_SCHEDULE,
+    "order",
     *(f"storage.{state}" for state in STATES),
     "rules.LOGICAL",
     "specs.PATH",
@@ -91,6 +92,8 @@ def _with_pin(strategy: Strategy, key: str, value: Any) -> Strategy:
         if field == "blocks" and isinstance(value, str):
             chosen = tuple(_count(part, key) for part in value.split(","))
         document["schedule"] = {**document["schedule"], field: chosen}
+    elif key == "order":
+        document["order"] = _axes(value)
     elif section == "storage" and name in STATES:
         document["storage"] = {**document["storage"], name: _axes(value)}
     elif section == "rules" and name:
@@ -154,8 +157,8 @@ def _entries(value: Any) -> Any:
 def fixed_fields(strategy: Strategy) -> dict[str, Any]:
     """What a strategy fixes, by the keys of `with_pins`; its holes are left out.
 
-    Path maps are no field of their own, and of the rules only those count that
-    may be holes.
+    Path maps are no field of their own, of the rules only those count that may be
+    holes, and the order of axes is left out: nothing divides or fits for its sake.
 
     >>> fixed_fields(Strategy(name="s", about="", mesh={"data": "auto"}))["remat"]
     'none'

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.cost import Pricer, Prices
+from autoshard.cost import Pricer
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import Cut
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Strategy
+from autoshard.search.batch import Batch, reorder
+from autoshard.search.placing import Placing
+from autoshard.search.watch import Watch
 
 STAGE = AXES.index("stage")
 
@@ -28,6 +31,8 @@ class Candidates:
         propagated: What gives it propagated for all axes, and its pricer.
         sizes: Mesh sizes, int64[candidate, axis].
         cuts: Microbatches, int64[candidate].
+        orders: Which axis comes at each place, the outermost first, int64[candidate,
+            place].
         step_s: Seconds a step, float64[candidate].
         peak_bytes: Per chip, float64[candidate].
         staged: Cuts into stages, each of so many candidates, which come last: those
@@ -38,6 +43,7 @@ class Candidates:
     propagated: Callable[[], Pricer]
     sizes: np.ndarray
     cuts: np.ndarray
+    orders: np.ndarray
     step_s: np.ndarray
     peak_bytes: np.ndarray
     staged: tuple[tuple[Cut, np.ndarray], ...] = ()
@@ -82,9 +88,11 @@ class Candidates:
         how, blocks = staging or (Pipeline(), ())
         schedule |= {"pipeline": how.schedule, "virtual": how.virtual}
         schedule |= {"vocab": how.vocab, "blocks": blocks}
+        order = [AXES[place] for place in self.orders[k].tolist()]
         return self.strategy.model_copy(
             update={
                 "mesh": {axis: sizes[axis] for axis in self.strategy.mesh},
+                "order": tuple(axis for axis in order if axis in self.strategy.mesh),
                 "schedule": self.strategy.schedule.model_copy(update=schedule),
             }
         )
@@ -125,8 +133,8 @@ class Candidates:
     def identity(self, k: int) -> Any:
         """What makes a candidate a truly different plan.
 
-        Axes of one device do nothing, and another number of microbatches alone is not
-        another plan.
+        Axes of one device do nothing, and another number of microbatches, or another
+        order of axes, alone is not another plan.
         """
         sizes = self.mesh(k)
 
@@ -144,78 +152,63 @@ class Candidates:
         )
 
 
-@dataclass
-class Left:
-    """Candidates that were left out while pricing.
-
-    Attributes:
-        uncut: They cannot be cut into their stages.
-        slower: They are slower than a limit.
-    """
-
-    uncut: int = 0
-    slower: int = 0
-
-
 def price(
     propagated: Callable[[], Pricer],
     structure: Strategy,
     cluster: Cluster,
     parts: Sequence[tuple[Pricer, np.ndarray, np.ndarray]],
     pipelines: Sequence[Pipeline],
-    limit_s: float,
-) -> tuple[Candidates, Left]:
+    placing: Placing,
+    watch: Watch,
+) -> Candidates:
     """Prices candidates: those of one stage, then those of several.
+
+    Each is priced in the first order of its axes, and then in those others in which it
+    may be better than what is known by then.
 
     Args:
         propagated: What gives the structure propagated, and its pricer.
-        structure: A strategy in which only sizes and microbatches are holes.
+        structure: A strategy in which only sizes, microbatches and the order of axes
+            are holes.
         cluster: Where.
         parts: What prices some candidates, their mesh sizes, int64[candidate, axis],
             and their microbatches, int64[candidate].
         pipelines: How the stages of those that have several may take turns; without
             any, `stage` is an axis like any other.
-        limit_s: Slower ones are not wanted.
+        placing: How axes may be laid out.
+        watch: Slower ones than it says are not wanted; they are counted there.
 
     Returns:
-        The candidates, and how many others were left out.
+        The candidates.
     """
-    left = Left()
-    nothing = np.zeros(0)
-    found = [(np.zeros((0, len(AXES)), int), np.zeros(0, int), nothing, nothing)]
-
-    def take(rows: np.ndarray, counts: np.ndarray, prices: Prices) -> np.ndarray:
-        valid = prices.cut.valid if prices.cut else np.ones(len(rows), dtype=bool)
-        at = np.flatnonzero(valid & (prices.step_s <= limit_s))
-        left.uncut += int((~valid).sum())
-        left.slower += int(valid.sum()) - len(at)
-        found.append((rows[at], counts[at], prices.step_s[at], prices.peak_bytes[at]))
-        return at
-
-    for by, sizes, cuts in parts:
-        plain = (sizes[:, STAGE] == 1) | (not pipelines)
-        if plain.any():
-            rows, counts = sizes[plain], cuts[plain]
-            take(rows, counts, by.price(cluster, rows, counts.astype(float), limit_s))
-    staged = []
-    for by, sizes, cuts in parts:
-        several = sizes[:, STAGE] > 1
-        if several.any() and pipelines:
-            rows, counts = sizes[several], cuts[several]
-            for prices in by.price_stages(
-                cluster, rows, counts.astype(float), pipelines, limit_s
-            ):
-                assert prices.cut is not None
-                staged.append((prices.cut, take(rows, counts, prices)))
-    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    kept, pieces, times, peaks = columns
-    candidates = Candidates(
+    plain: list[Batch] = []
+    staged: list[Batch] = []
+    for pricer, sizes, cuts in parts:
+        several = (sizes[:, STAGE] > 1) & bool(pipelines)
+        for rows, batches, turns in (
+            (~several, plain, ()),
+            (several, staged, pipelines),
+        ):
+            if rows.any():
+                batches.append(
+                    Batch(
+                        pricer, cluster, sizes[rows], cuts[rows], turns, placing, watch
+                    )
+                )
+    every = [*plain, *staged]
+    if placing.anywhere is None:
+        watch.alike += sum(placing.alike(batch.sizes) for batch in every)
+    else:
+        reorder(every, watch)
+    kept = [kept for batch in every for kept in batch.kept]
+    none, axes = np.zeros(0), np.zeros((0, len(AXES)), dtype=np.int64)
+    return Candidates(
         strategy=structure,
         propagated=propagated,
-        sizes=kept,
-        cuts=pieces,
-        step_s=times,
-        peak_bytes=peaks,
-        staged=tuple(staged),
+        sizes=np.concatenate([axes, *(k.sizes for k in kept)]),
+        cuts=np.concatenate([none.astype(np.int64), *(k.cuts for k in kept)]),
+        orders=np.concatenate([axes, *(k.orders for k in kept)]),
+        step_s=np.concatenate([none, *(k.step_s for k in kept)]),
+        peak_bytes=np.concatenate([none, *(k.peak_bytes for k in kept)]),
+        staged=tuple(k.staged for k in kept if k.staged),
     )
-    return candidates, left

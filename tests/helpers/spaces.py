@@ -66,11 +66,13 @@ def of_mesh(*axes: str, **fields: Any) -> Strategy:
     Rules are a dict of logical axis to mesh axes.
     """
     sizes = fields.pop("sizes", {})
+    order = fields.pop("order", ())
     rules = fields.pop("rules", {"batch": "auto"})
     return Strategy(
         name="small",
         about="",
         mesh={a: sizes.get(a, "auto") for a in axes},
+        order=order,
         rules=tuple(Rule(logical=k, axes=v) for k, v in rules.items()),
         storage=Storage(**fields.pop("storage", {})),
         schedule=Schedule(**fields),
@@ -138,6 +140,23 @@ def _ruled(strategy: Strategy) -> Iterator[dict[str, tuple[str, ...]]]:
             yield axes
 
 
+def _ordered(strategy: Strategy, size: dict[str, int]) -> Iterator[tuple[str, ...]]:
+    """Every order of the axes of several devices, where it is a hole."""
+    if strategy.order != "auto":
+        yield strategy.order
+        return
+    yield from itertools.permutations(a for a in AXES if size[a] > 1)
+
+
+def rows_of(order: tuple[str, ...]) -> np.ndarray:
+    """The order of one candidate, int64[1, place], written out place by place."""
+    places = [k for k, axis in enumerate(AXES) if axis in order]
+    row = np.arange(len(AXES))
+    for place, axis in zip(places, order, strict=True):
+        row[place] = AXES.index(axis)
+    return row[None]
+
+
 def written_out(
     strategy: Strategy, chips: Cluster, batch: int, remats: tuple[str, ...]
 ) -> Iterator[Strategy]:
@@ -166,14 +185,16 @@ def written_out(
         meshes, pieces, remats, list(_ruled(strategy)), list(_stored(strategy))
     ):
         size = dict(zip(AXES, row, strict=True))
-        yield strategy.model_copy(
-            update={
-                "mesh": {axis: size[axis] for axis in mesh},
-                "rules": tuple(Rule(logical=k, axes=v) for k, v in axes.items()),
-                "storage": Storage(**dict(zip(STATES, stored, strict=True))),
-                "schedule": Schedule(microbatches=cut, remat=remat),
-            }
-        )
+        for order in _ordered(strategy, size):
+            yield strategy.model_copy(
+                update={
+                    "mesh": {axis: size[axis] for axis in mesh},
+                    "order": order,
+                    "rules": tuple(Rule(logical=k, axes=v) for k, v in axes.items()),
+                    "storage": Storage(**dict(zip(STATES, stored, strict=True))),
+                    "schedule": Schedule(microbatches=cut, remat=remat),
+                }
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +292,10 @@ class OneByOne:
             cuts = np.array([one.schedule.microbatches], dtype=np.int64)
             if divisible(pricer, row, cuts, self.batch)[0]:
                 by = self.pricer(one, sizes=True)
-                price = by.price(chips, row, cuts.astype(np.float64))
+                assert one.order != "auto"
+                price = by.price(
+                    chips, row, cuts.astype(np.float64), orders=rows_of(one.order)
+                )
                 found.append(
                     Priced(one, float(price.step_s[0]), float(price.peak_bytes[0]))
                 )

@@ -16,7 +16,7 @@ from autoshard.ir.train_step import TrainStep, train_step
 from autoshard.plan.cluster import Cluster, cluster
 from autoshard.plan.strategy import Strategy
 from autoshard.search.divisible import divisible
-from helpers.spaces import OneByOne, of_mesh, written_out
+from helpers.spaces import OneByOne, of_mesh, rows_of, written_out
 
 
 def scanned_mlp(
@@ -130,13 +130,15 @@ def one_by_one(given: Instance) -> list[Found]:
         assert isinstance(cuts, int)
         row = np.array([[one.mesh.get(a, 1) for a in AXES]], dtype=np.int64)
         count = np.array([cuts], dtype=np.int64)
+        assert one.order != "auto"
+        order = rows_of(one.order)
         if stages > given.blocks:
             continue
         if not divisible(brute.pricer(one), row, count, brute.batch)[0]:
             continue
         pricer = brute.pricer(one, sizes=True)
         if stages == 1:
-            price = pricer.price(given.cluster, row, count.astype(float))
+            price = pricer.price(given.cluster, row, count.astype(float), orders=order)
             found.append(
                 Found(one, None, float(price.step_s[0]), float(price.peak_bytes[0]))
             )
@@ -147,7 +149,7 @@ def one_by_one(given: Instance) -> list[Found]:
             if turn.virtual > 1 and cuts % stages:
                 continue
             (price,) = pricer.price_stages(
-                given.cluster, row, count.astype(float), [turn]
+                given.cluster, row, count.astype(float), [turn], orders=order
             )
             assert price.cut is not None
             blocks = price.cut.blocks_of(0, given.blocks, stages)

@@ -61,23 +61,34 @@ def planned(plan):
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "scan"),
+    ("name", "mesh", "scan", "order"),
     [
-        ("dp", {}, True),
-        ("dp", {}, False),
-        ("zero1", {}, False),
-        ("fsdp", {"data": 2, "fsdp": 4}, True),
-        ("fsdp", {"data": 2, "fsdp": 4}, False),
-        ("megatron-tp", {"data": 2, "tensor": 4}, False),
-        ("megatron-sp", {"data": 2, "tensor": 4}, True),
-        ("megatron-sp", {"data": 2, "tensor": 4}, False),
-        ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}, True),
-        ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}, False),
+        ("dp", {}, True, ()),
+        ("dp", {}, False, ()),
+        ("zero1", {}, False, ()),
+        ("fsdp", {"data": 2, "fsdp": 4}, True, ()),
+        ("fsdp", {"data": 2, "fsdp": 4}, False, ()),
+        ("megatron-tp", {"data": 2, "tensor": 4}, False, ()),
+        ("megatron-sp", {"data": 2, "tensor": 4}, True, ()),
+        ("megatron-sp", {"data": 2, "tensor": 4}, False, ()),
+        ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}, True, ()),
+        ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}, False, ()),
+        ("fsdp", {"data": 2, "fsdp": 4}, True, ("fsdp", "data")),
+        ("megatron-sp", {"data": 2, "tensor": 4}, True, ("tensor", "data")),
+        (
+            "fsdp-tp",
+            {"data": 2, "fsdp": 2, "tensor": 2},
+            True,
+            ("tensor", "fsdp", "data"),
+        ),
     ],
 )
-def test_planned_collectives_are_the_emitted_ones(name, mesh, scan, tmp_path, capfd):
+def test_planned_collectives_are_the_emitted_ones(
+    name, mesh, scan, order, tmp_path, capfd
+):
     step = make_step("llama3-tiny", scan=scan)
     strategy = pinned(name, microbatches=1, remat="none", **mesh)
+    strategy = strategy.model_copy(update={"order": order})
     [plan] = search_plans(step, (abstract_batch(),), cluster("cpu:8"), strategy)
     got, want = emitted(parallelize(step, plan), tmp_path), planned(plan)
     for kind in set(got) | set(want):

@@ -42,6 +42,26 @@ def test_sharded_equals_single_device(model, scan, name, cuts, remat, mesh):
     assert max(found["worst"].values()) <= TOLERANCE, found
 
 
+@pytest.mark.parametrize(
+    ("name", "order", "mesh"),
+    [
+        ("fsdp", ("fsdp", "data"), {"data": 2, "fsdp": 4}),
+        ("megatron-sp", ("tensor", "data"), {"data": 4, "tensor": 2}),
+        (
+            "fsdp-tp",
+            ("tensor", "fsdp", "data"),
+            {"data": 2, "fsdp": 2, "tensor": 2},
+        ),
+    ],
+)
+def test_another_order_of_axes_equals_single_device(name, order, mesh):
+    strategy = pinned(name, microbatches=2, remat="full", **mesh)
+    strategy = strategy.model_copy(update={"order": order})
+    found = run_and_compare("llama3-tiny", True, strategy)
+    assert tuple(found["mesh"]) == order
+    assert max(found["worst"].values()) <= TOLERANCE, found
+
+
 def test_what_auto_chooses_equals_single_device():
     found = run_and_compare("llama3-tiny", True, load_strategy("auto"))
     assert max(found["worst"].values()) <= TOLERANCE, found

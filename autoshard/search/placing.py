@@ -1,0 +1,72 @@
+"""The orders of mesh axes that a strategy allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import factorial
+
+import numpy as np
+
+from autoshard.cost.collectives import Rows
+from autoshard.cost.placement import Placements, distinguishes
+from autoshard.ir.mesh import AXES, arranged
+from autoshard.plan.cluster import Cluster
+from autoshard.plan.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How candidates may be laid out.
+
+    Attributes:
+        first: The order in which they are priced first, int64[place].
+        hole: Whether others are allowed.
+        anywhere: Where axes may lie then; None where no other order is, or where the
+            network does not tell them apart.
+    """
+
+    first: Rows
+    hole: bool
+    anywhere: Placements | None
+
+    @staticmethod
+    def of(strategy: Strategy, cluster: Cluster, sizes: np.ndarray) -> Placing:
+        """What a strategy allows for some meshes, int64[mesh, axis]."""
+        order = strategy.order
+        hole = order == "auto"
+        axes = AXES if order == "auto" else arranged(order)
+        several = hole and distinguishes(cluster)
+        return Placing(
+            first=np.array([AXES.index(axis) for axis in axes]),
+            hole=hole,
+            anywhere=Placements(cluster, sizes) if several else None,
+        )
+
+    def orders(self, count: int) -> Rows:
+        """The first order of so many candidates, int64[candidate, place]."""
+        return np.broadcast_to(self.first, (count, len(AXES)))
+
+    def alike(self, sizes: np.ndarray) -> int:
+        """Orders of some meshes in which these are what they are in another one."""
+        if not self.hole:
+            return 0
+        active, count = np.unique((sizes > 1).sum(axis=1), return_counts=True)
+        pairs = zip(active.tolist(), count.tolist(), strict=True)
+        whole = sum(factorial(axes) * n for axes, n in pairs)
+        if self.anywhere is None:
+            return whole - len(sizes)
+        return whole - sum(len(found) for found in self._each(sizes))
+
+    def others(self, sizes: np.ndarray) -> tuple[Rows, Rows]:
+        """All other orders of some meshes that the network tells apart.
+
+        Returns:
+            Which mesh each is of, and the order: int64[order], int64[order, place].
+        """
+        each = [found[1:] for found in self._each(sizes)]
+        rows = np.repeat(np.arange(len(sizes)), [len(found) for found in each])
+        return rows, np.concatenate([*each, np.zeros((0, len(AXES)), dtype=np.int64)])
+
+    def _each(self, sizes: np.ndarray) -> list[Rows]:
+        assert self.anywhere is not None
+        return [self.anywhere.orders(row) for row in self.anywhere.rows(sizes).tolist()]

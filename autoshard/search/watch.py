@@ -1,0 +1,100 @@
+"""What candidates must be better than, and how many were left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass
+class Watch:
+    """What candidates must be below to be priced, and how many were not.
+
+    Attributes:
+        best: How many of the best are wanted, each of another structure or mesh; where
+            it is None, those that nothing beats in both time and memory.
+        bytes_: Of a chip's memory.
+        step_s: Seconds a step; may be lowered between two structures.
+        visited: Structures looked at.
+        alike: Candidates that are what another one is: where two structures differ, the
+            mesh has one device; or the network does not tell two orders apart.
+        pruned: Candidates that a bound on their time ruled out. One that is ruled out
+            in all orders of its axes counts once.
+        indivisible: Candidates of which a dim does not divide.
+        too_large: Candidates whose state alone does not fit in memory.
+    """
+
+    best: int | None = None
+    bytes_: float = float("inf")
+    step_s: float = float("inf")
+    visited: int = 0
+    alike: int = 0
+    pruned: int = 0
+    indivisible: int = 0
+    too_large: int = 0
+    _bests: list[float] = field(default_factory=list)
+    _front: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((2, 0)))
+
+    def saw(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> None:
+        """Notes the candidates of a structure.
+
+        Args:
+            sizes: Of their meshes, int64[candidate, axis].
+            step_s: Seconds a step.
+            peak_bytes: Per chip.
+        """
+        if self.best is None:
+            self._front = self._front_with(step_s, peak_bytes)
+            return
+        self._bests = self._bests_with(sizes, step_s, peak_bytes)
+        self.step_s = self._limit_s(self._bests)
+
+    @property
+    def fastest_s(self) -> float:
+        """Seconds of the best that fits; infinite if none was seen."""
+        found = self._bests if self.best is not None else self._front[0].tolist()
+        return min(found, default=float("inf"))
+
+    def limits_s(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> Vector:
+        """What other orders of some candidates must stay within, float64[candidate].
+
+        Args:
+            sizes: As in `saw`.
+            step_s: In the order in which they were priced.
+            peak_bytes: In that order; NaN where it is not wanted.
+        """
+        if self.best is not None:
+            found = self._bests_with(sizes, step_s, peak_bytes)
+            return np.full(len(sizes), self._limit_s(found))
+        times, peaks = self._front_with(step_s, peak_bytes)
+        # The fastest of those that are no larger.
+        held = np.nan_to_num(peak_bytes, nan=np.inf)
+        at = len(peaks) - np.searchsorted(peaks[::-1], held, side="right")
+        return np.append(times, np.inf)[at]
+
+    def _limit_s(self, bests: list[float]) -> float:
+        full = self.best is not None and len(bests) == self.best
+        return bests[-1] if full else float("inf")
+
+    def _bests_with(
+        self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector
+    ) -> list[float]:
+        fits = peak_bytes <= self.bytes_
+        if not fits.any():
+            return self._bests
+        _, mesh = np.unique(sizes[fits], axis=0, return_inverse=True)
+        fastest = np.full(mesh.max() + 1, np.inf)
+        np.minimum.at(fastest, mesh, step_s[fits])
+        return sorted([*self._bests, *fastest.tolist()])[: self.best]
+
+    def _front_with(self, step_s: Vector, peak_bytes: Vector) -> np.ndarray:
+        """Seconds in rising order and bytes in falling order of what nothing beats."""
+        fits = peak_bytes <= self.bytes_
+        both = np.concatenate([self._front, [step_s[fits], peak_bytes[fits]]], axis=1)
+        both = both[:, np.lexsort((both[1], both[0]))]
+        least = np.minimum.accumulate(both[1])
+        return both[:, np.diff(least, prepend=np.inf) < 0]
