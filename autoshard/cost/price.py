@@ -26,7 +26,7 @@ from autoshard.cost.moves import (
     unique_moves,
 )
 from autoshard.cost.overlap import exposed_s
-from autoshard.cost.pipeline import Pipeline, bubble_share
+from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
 from autoshard.cost.stages import PLACES, STAGE, Cut, Parts, Table, cut, staged, waiting
@@ -95,7 +95,7 @@ class Pricer:
         self._padded = self._find_padded()
         self._of_axes = Moves(sharded, self.moves)
         self._along: dict[frozenset[str], Pricer] = {}
-        self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
+        self.prefetched, self.trailing = moves_of_state(sharded, work, self.moves)
         self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
 
     @cached_property
@@ -129,7 +129,7 @@ class Pricer:
         def one(pricer: Pricer, part: Meshes, cuts: Vector) -> Prices:
             return pricer._price(part, cuts, limit_s)
 
-        return self._apart(meshes, microbatches, one)
+        return self.apart(meshes, microbatches, one)
 
     def price_stages(
         self,
@@ -157,7 +157,7 @@ class Pricer:
         def each(pricer: Pricer, part: Meshes, cuts: Vector) -> list[Prices]:
             return pricer._price_stages(part, cuts, pipelines, limit_s)
 
-        return self._apart(meshes, microbatches, each)
+        return self.apart(meshes, microbatches, each)
 
     def on(self, active: frozenset[str]) -> Pricer:
         """What prices meshes where only these axes have several devices.
@@ -174,7 +174,7 @@ class Pricer:
             )
         return self._along[active]
 
-    def _apart(
+    def apart(
         self,
         meshes: Meshes,
         cuts: Vector,
@@ -214,10 +214,7 @@ class Pricer:
         parts = self.parts(meshes, microbatches)
         segments, counts = self.work.segments, meshes.product(STAGE)
         blocks = segments.blocks
-        sent = np.zeros(len(meshes))
-        for v in segments.sent:
-            axes = axes_of(self.sharded.specs[v])
-            sent += self.local_bytes(v, axes, meshes, microbatches)
+        sent = self.sent_bytes(meshes, microbatches)
         shared = np.zeros(len(meshes))
         for v in self._gradient_leaves():
             if segments.of_value[v] == BOTH:
@@ -245,6 +242,14 @@ class Pricer:
         self._fill_peaks(meshes, microbatches, found, limit_s)
         return found
 
+    def sent_bytes(self, meshes: Meshes, microbatches: Vector) -> Vector:
+        """Bytes that one microbatch hands from block to block, on one device."""
+        sent = np.zeros(len(meshes))
+        for v in self.work.segments.sent:
+            axes = axes_of(self.sharded.specs[v])
+            sent += self.local_bytes(v, axes, meshes, microbatches)
+        return sent
+
     def _fill_peaks(
         self, meshes: Meshes, cuts: Vector, found: Sequence[Prices], limit_s: float
     ) -> None:
@@ -261,7 +266,7 @@ class Pricer:
                 at = np.flatnonzero(wanted & stage.exists)
                 places.append((prices, at))
                 shares.append(stage.share[:, at])
-                later.append(waiting(how, stage, counts, cuts)[at])
+                later.append(waiting(how.pipeline, stage.at, counts, cuts)[at])
         rows = np.concatenate([at for _, at in places])
         stages = meshes.take(rows)
         peaks, _ = self.liveness.memory(
@@ -283,9 +288,9 @@ class Pricer:
         for index, move in enumerate(self.moves):
             where = (
                 ahead
-                if index in self._prefetched
+                if index in self.prefetched
                 else after
-                if index in self._trailing
+                if index in self.trailing
                 else between
             )
             place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
@@ -300,63 +305,6 @@ class Pricer:
         exposed = exposed_s(cluster.kind, self.constants, work, *sums)
         whole = np.maximum(collective.sum(axis=0), np.finfo(float).tiny)
         return Parts(matmul, other, update, collective, collective / whole * exposed)
-
-    def floor_s(
-        self,
-        cluster: Cluster,
-        sizes: np.ndarray[Any, np.dtype[np.int64]],
-        microbatches: Vector,
-        pipelines: Sequence[Pipeline] = (),
-    ) -> Vector:
-        """Seconds that a step takes at least, however state is stored.
-
-        The kernels of the forward and backward passes and the collectives on
-        activations depend on rules and remat alone: no storage of parameters, gradients
-        and optimizer state makes a candidate with the same rules faster. Of several
-        stages the slowest takes no less than the average one, and waits for the others
-        as the best of the schedules lets it.
-
-        Args:
-            cluster: As in `price`.
-            sizes: As in `price`.
-            microbatches: As in `price`.
-            pipelines: How stages may take turns, where there are several.
-        """
-
-        def floor(pricer: Pricer, part: Meshes, cuts: Vector) -> Vector:
-            return pricer._floor_s(part, cuts, pipelines)
-
-        return self._apart(Meshes(cluster, sizes), microbatches, floor)
-
-    def _floor_s(
-        self, meshes: Meshes, microbatches: Vector, pipelines: Sequence[Pipeline]
-    ) -> Vector:
-        cluster = meshes.cluster
-        rates = Rates.of(cluster, self.constants)
-        found, between = np.zeros(len(meshes)), np.zeros(len(meshes))
-        for time in self.compute.times(meshes, microbatches, rates, update=False):
-            found += time.total_s
-        for index, move in enumerate(self.moves):
-            # Of state are also what the update moves and where its results go.
-            of_state = index in self._prefetched or index in self._trailing
-            of_state |= move.op == OUTPUT or self.work.update[move.op]
-            if not of_state and move.value not in self.work.gradients:
-                for _, time, _, _ in self.collective(index, meshes, microbatches):
-                    between += time
-        none = np.zeros(len(meshes))
-        whole = found + exposed_s(
-            cluster.kind, self.constants, none, none, none, between
-        )
-        if not pipelines:
-            return whole
-        stages = meshes.product(STAGE)
-        zero_bubble = self.constants["pipeline.zero_bubble"]
-        waits = [
-            bubble_share(how.schedule, stages, microbatches, zero_bubble) / how.virtual
-            for how in pipelines
-        ]
-        least = np.minimum.reduce(waits)
-        return whole / stages * (1 + least * (stages - 1) / microbatches)
 
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector

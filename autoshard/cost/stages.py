@@ -226,15 +226,7 @@ def staged(
     unfilled = bubble_share(pipeline.schedule, counts, cuts, zero_bubble)
     waited = np.maximum(whole - longest, 0.0) / cuts
     bubble = unfilled * waited / pipeline.virtual
-    # A microbatch goes to the next part, and its gradient comes back.
-    hop = meshes.time_s("permute", STAGE, sent_bytes)
-    shown = constants["network.point_to_point"]
-    sent = 2 * cuts * hop * shown * pipeline.virtual
-    if pipeline.vocab == "spread":
-        # All stages get the last block's result, and the sum of what they make of it.
-        sent = sent + 2 * cuts * meshes.time_s("all_reduce", STAGE, sent_bytes)
-    else:
-        sent = sent + 2 * meshes.time_s("permute", STAGE, shared_bytes)
+    sent = transfers_s(pipeline, meshes, cuts, sent_bytes, shared_bytes, constants)
     return StagedTime(
         matmul=of_slowest(parts.matmul),
         other=of_slowest(parts.other),
@@ -248,10 +240,43 @@ def staged(
     )
 
 
-def waiting(how: Cut, stage: Stage, counts: Vector, cuts: Vector) -> Vector:
-    """Microbatches beyond the current one whose activations a stage holds."""
-    pipeline = how.pipeline
-    held = in_flight(pipeline.schedule, counts, stage.at, pipeline.virtual, cuts)
+def transfers_s(
+    pipeline: Pipeline,
+    meshes: Meshes,
+    cuts: Vector,
+    sent_bytes: Vector,
+    shared_bytes: Vector,
+    constants: Constants,
+) -> Vector:
+    """Seconds of transfers between stages in a step, as far as they show.
+
+    Args:
+        pipeline: How the stages take turns.
+        meshes: The candidates.
+        cuts: Microbatches.
+        sent_bytes: As in `staged`.
+        shared_bytes: As in `staged`.
+        constants: Of the cost model.
+    """
+    # A microbatch goes to the next part, and its gradient comes back.
+    hop = meshes.time_s("permute", STAGE, sent_bytes)
+    sent = 2 * cuts * hop * constants["network.point_to_point"] * pipeline.virtual
+    if pipeline.vocab == "spread":
+        # All stages get the last block's result, and the sum of what they make of it.
+        return sent + 2 * cuts * meshes.time_s("all_reduce", STAGE, sent_bytes)
+    return sent + 2 * meshes.time_s("permute", STAGE, shared_bytes)
+
+
+def waiting(pipeline: Pipeline, at: Vector, counts: Vector, cuts: Vector) -> Vector:
+    """Microbatches beyond the current one whose activations a stage holds.
+
+    Args:
+        pipeline: How the stages take turns.
+        at: Which stage, from 0.
+        counts: Stages.
+        cuts: Microbatches.
+    """
+    held = in_flight(pipeline.schedule, counts, at, pipeline.virtual, cuts)
     # The vocabulary's forward and backward passes are a stage of their own in between
     # (Yeung et al. 2024, section 5).
     more = 1.0 if pipeline.vocab == "spread" else 0.0

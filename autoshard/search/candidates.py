@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from autoshard.cost import Pricer
+from autoshard.cost import Pricer, floors
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.segments import Segments
@@ -47,7 +47,7 @@ class Watch:
             mesh has one device.
         pruned: Candidates that a bound on their time ruled out.
         indivisible: Candidates of which a dim does not divide.
-        too_large: Candidates whose state alone does not fit in memory.
+        too_large: Candidates whose state and activations alone do not fit in memory.
     """
 
     step_s: float = float("inf")
@@ -78,6 +78,8 @@ class Space:
         if remat not in self._sketches:
             fn = self.fn
             if isinstance(fn, TrainStep):
+                if len(self.args) == 1:
+                    fn.abstract_state()  # found out once, for all schedules
                 fn = fn.with_schedule(microbatches=1, remat=remat)
             elif remat != "none":
                 if required:
@@ -231,7 +233,7 @@ class Space:
         batch, hows = self.batch(), self.pipelines(strategy)
         earlier: list[Strategy] = []
         family: Any = None
-        floor_s = np.zeros(len(grid))
+        rest_s, floor_s, floor_bytes = np.zeros((3, len(grid)))
         known = np.full(len(grid), not bounded)
         first = strategy
         for structure in space.structures(strategy, keep):
@@ -249,13 +251,15 @@ class Space:
             known[ask] = True
             if len(ask):
                 pricer = self._pricer(first, sketch)
-                floor_s[ask] = _floor_s(
-                    pricer, cluster, grid[ask], cuts[ask], batch, hows
+                rest_s[ask], floor_s[ask], floor_bytes[ask] = _floors(
+                    pricer, cluster, grid[ask], cuts[ask], batch, hows, watch.bytes_
                 )
-            here = new & (floor_s <= watch.step_s)
+            small = floor_bytes <= watch.bytes_
+            here = new & small & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
             watch.indivisible += int((new & np.isnan(floor_s)).sum())
-            watch.pruned += int((new & (floor_s > watch.step_s)).sum())
+            watch.too_large += int((new & ~small).sum())
+            watch.pruned += int((new & small & (floor_s > watch.step_s)).sum())
             if not here.any():
                 continue
             parts = []
@@ -266,10 +270,17 @@ class Space:
                 watch.indivisible += int((~fits).sum())
                 rows = rows[fits]
                 if bounded:
+                    at = cluster, grid[rows], cuts[rows].astype(float)
+                    stored_s = floors.stored_s(pricer, *at, rest_s[rows])
+                    fast = floors.in_stages(pricer, *at, stored_s, hows) <= watch.step_s
+                    watch.pruned += int((~fast).sum())
+                    rows = rows[fast]
                     held = pricer.liveness.held_bytes(Meshes(cluster, grid[rows]))
                     if hows:  # the fullest stage has no less than the average one
                         held = held / grid[rows, STAGE]
-                    small = held <= watch.bytes_
+                    # Activations come to it, but they may be those of another stage.
+                    alone = (grid[rows, STAGE] == 1) | (not hows)
+                    small = held + alone * floor_bytes[rows] <= watch.bytes_
                     watch.too_large += int((~small).sum())
                     rows = rows[small]
                 parts.append((pricer, grid[rows], cuts[rows]))
@@ -370,21 +381,30 @@ def _for_blocks(rows: np.ndarray, strategy: Strategy, segments: Segments) -> np.
     return rows[fits]
 
 
-def _floor_s(
+def _floors(
     pricer: Pricer,
     cluster: Cluster,
     grid: np.ndarray,
     cuts: np.ndarray,
     batch: int,
     pipelines: Sequence[Pipeline],
-) -> np.ndarray:
-    """Bounds of all structures with these rules and remat, float64[candidate].
+    bytes_: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bounds of all structures with these rules and remat, float64[candidate] each.
 
-    NaN where the batch does not divide, whatever the storage.
+    Returns:
+        Seconds beside what storage moves, and of the step, NaN where the batch does not
+        divide, whatever the storage, and infinite where the bytes are too many; and
+        bytes, zero where the batch does not divide.
     """
-    floor_s = np.full(len(grid), np.nan)
-    fits = batch_divides(pricer, grid, cuts, batch)
-    floor_s[fits] = pricer.floor_s(
-        cluster, grid[fits], cuts[fits].astype(float), pipelines
-    )
-    return floor_s
+    rest_s, floor_s = np.full((2, len(grid)), np.nan)
+    floor_bytes = np.zeros(len(grid))
+    fits = np.flatnonzero(batch_divides(pricer, grid, cuts, batch))
+    at = cluster, grid[fits], cuts[fits].astype(float)
+    floor_bytes[fits] = floors.floor_bytes(pricer, *at, pipelines)
+    rest_s[fits] = floor_s[fits] = np.inf
+    small = fits[floor_bytes[fits] <= bytes_]
+    at = cluster, grid[small], cuts[small].astype(float)
+    rest_s[small] = floors.rest_s(pricer, *at)
+    floor_s[small] = floors.in_stages(pricer, *at, rest_s[small], pipelines)
+    return rest_s, floor_s, floor_bytes
