@@ -146,7 +146,7 @@ class Compute:
         yield from found.values()
 
     def times(
-        self, meshes: Meshes, cuts: Vector, rates: Rates, update: bool = True
+        self, meshes: Meshes, cuts: Vector, rates: Rates, state: bool = True
     ) -> Iterator[KernelTime]:
         """Every kernel, and what all of its runs in a step take.
 
@@ -156,7 +156,9 @@ class Compute:
             meshes: The candidates.
             cuts: float64[candidate]; pieces the batch is cut into.
             rates: Of the chip.
-            update: Whether those of the optimizer are among them.
+            state: Whether what kernels do with state counts. If not, those of the
+                optimizer are left out, and what others move that is not made of the
+                batch: weights, gradients and what becomes of them.
 
         Raises:
             InputError: The chip has no peak for a dtype the program multiplies in.
@@ -165,7 +167,7 @@ class Compute:
         for kernel, share in self._shares(meshes):
             if kernel.kind == "copy" and meshes.cluster.kind != "tpu":
                 continue
-            if work.update[kernel.op] and not update:
+            if work.update[kernel.op] and not state:
                 continue
             moved = self._moved.get(id(kernel))
             if moved is None:
@@ -175,6 +177,8 @@ class Compute:
                 repeats = repeats * cuts
             bytes_ = np.zeros(len(meshes))
             for part in moved:
+                if not (state or work.batched[part.value]):
+                    continue
                 size = self.local_bytes(part.value, part.axes, meshes, cuts)
                 passes = part.passes
                 if part.scratch and rates.scratch_bytes:
@@ -184,8 +188,9 @@ class Compute:
             turned = kernel.kind == "copy"
             rate = rates.copy_bytes_per_s if turned else rates.hbm_bytes_per_s
             traffic = bytes_ / rate
-            if rates.window_s and kernel.kind == "loop" and kernel.ops == 1:
-                written = self.program.values[moved[-1].value]
+            written = self.program.values[moved[-1].value]
+            alone = kernel.kind == "loop" and kernel.ops == 1
+            if rates.window_s and alone and (state or work.batched[written.index]):
                 size = self.local_bytes(written.index, moved[-1].axes, meshes, cuts)
                 elements = size / written.dtype.itemsize
                 traffic += elements / rates.window_elements * rates.window_s

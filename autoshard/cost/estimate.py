@@ -160,7 +160,8 @@ def _fullest(
     tables = []
     for stage in prices.cut.stages:
         if stage.exists[0]:
-            later = waiting(prices.cut, stage, meshes.product(STAGE), cuts)
+            how, counts = prices.cut.pipeline, meshes.product(STAGE)
+            later = waiting(how, stage.at, counts, cuts)
             peak, table = pricer.liveness.memory(meshes, cuts, stage.share, later)
             tables.append((float(peak[0]), table))
     return max(tables, key=lambda pair: pair[0])[1]

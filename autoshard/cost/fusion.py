@@ -19,6 +19,7 @@ to that layout and back.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -157,6 +158,8 @@ class _Fusion:
         self.closed: set[int] = set()  # to be joined by nothing that comes later
         self.after: list[int] = []  # per kernel, the last one that it waits for
         self.same: dict[int, int] = {}
+        # Per value the kernels that read or write it.
+        self.touching: dict[int, set[int]] = defaultdict(set)
 
     def run(self) -> list[Kernel]:
         for op, rule in zip(self.program.ops, self.rules, strict=True):
@@ -215,17 +218,17 @@ class _Fusion:
                 if result in self.needed and recipe.reads:
                     self._write(result)
             return
-        index, kernel = host
+        index, _ = host
         parts = [*outer, *(self.again[v] for v in inner)]
         made = _Recipe.of(parts, 1 + spread, costly, width)
-        self._read(kernel, _Recipe.of(outer, 1 + spread, costly, width))
+        self._join(index, _Recipe.of(outer, 1 + spread, costly, width))
         # Turned twice is as it was.
         turned = bool(self.turned.intersection(inner)) != _turns(op)
         for result in op.outputs:
             self.home[result], self.again[result] = index, made
             self.turned |= {result} if turned else set()
             if result in self.needed:
-                kernel.writes.append(result)
+                self._put(index, result)
 
     def _reduce(self, op: Op) -> None:
         host = self._host(op)
@@ -247,7 +250,7 @@ class _Fusion:
             self.home[result] = index
             self.reduced.add(result)
             self.ended.add(result)
-            kernel.writes.append(result)
+            self._put(index, result)
 
     def _product(self, op: Op) -> None:
         kernel = Kernel(op.index, op.outputs[0], "product")
@@ -260,7 +263,7 @@ class _Fusion:
             self.home[result] = len(self.found) - 1
             self.again[result] = _Recipe({result: (-1, 0)})
             if result in self.needed:
-                kernel.writes.append(result)
+                self._put(self.home[result], result)
 
     def _apart(self, op: Op) -> None:
         kernel = Kernel(op.index, op.outputs[0], "apart")
@@ -272,7 +275,7 @@ class _Fusion:
         for result in op.outputs:
             self.home[result] = len(self.found) - 1
             self.reduced.add(result)
-            kernel.writes.append(result)
+            self._put(self.home[result], result)
 
     # -- kernels -----------------------------------------------------------------
 
@@ -308,10 +311,10 @@ class _Fusion:
         """Gives a value that has a recipe a kernel that writes it."""
         op = self.program.ops[self.program.values[v].producer]
         recipe = self.recipes.pop(v)
-        index, kernel = self._beside("loop", op, v, recipe)
+        index, _ = self._beside("loop", op, v, recipe)
         self.home[v] = index
         self.reduced.add(v)
-        kernel.writes.append(v)
+        self._put(index, v)
 
     def _beside(
         self, kind: str, op: Op, space: int, recipe: _Recipe
@@ -319,7 +322,15 @@ class _Fusion:
         """A kernel for a recipe: one of its shape that reads the same, or a new one."""
         latest = max((self._when(v) for v in recipe.reads), default=-1)
         size, group = self._numel(space), self._group(op.index)
-        for index in range(len(self.found) - 1, max(latest - 1, -1), -1):
+        # Only those that share more than a scalar with it.
+        near = {
+            index
+            for v in recipe.reads
+            if self._numel(v) != 1
+            for index in self.touching[v]
+            if index >= latest
+        }
+        for index in sorted(near, reverse=True):
             kernel = self.found[index]
             if (
                 kernel.kind != kind
@@ -328,15 +339,14 @@ class _Fusion:
                 or self._group(kernel.op) != group
             ):
                 continue
-            shared = recipe.reads.keys() & {*kernel.reads, *kernel.writes}
             waits = any(
                 self.home.get(v) == index and (v in self.ended or kind == "reduce")
                 for v in recipe.reads
             )
-            if waits or all(self._numel(v) == 1 for v in shared):
+            if waits:
                 continue
             kernel.ops += recipe.ops
-            self._read(kernel, recipe)
+            self._join(index, recipe)
             self.after[index] = max(self.after[index], min(latest, index - 1))
             return index, kernel
         kernel = Kernel(op.index, space, kind, ops=recipe.ops)
@@ -353,7 +363,20 @@ class _Fusion:
 
     def _add(self, kernel: Kernel) -> None:
         self.after.append(max((self._when(v) for v in kernel.reads), default=-1))
+        for v in kernel.reads:
+            self.touching[v].add(len(self.found))
         self.found.append(kernel)
+
+    def _join(self, index: int, recipe: _Recipe) -> None:
+        """Has a kernel read what a recipe does."""
+        self._read(self.found[index], recipe)
+        for v in recipe.reads:
+            self.touching[v].add(index)
+
+    def _put(self, index: int, v: int) -> None:
+        """Has a kernel write a value."""
+        self.found[index].writes.append(v)
+        self.touching[v].add(index)
 
     def _read(self, kernel: Kernel, recipe: _Recipe) -> None:
         for v, place in recipe.reads.items():
@@ -373,10 +396,10 @@ class _Fusion:
             (raw,) = [r for r, p in again.reads.items() if p[0] < 0] or [v]
             if raw != v and not again.costly and self._bytes(raw) < self._bytes(v):
                 if raw not in writes:
-                    writes.append(raw)
+                    self._put(self.home[v], raw)
                 reads = {r: p if p[0] >= 0 else place for r, p in again.reads.items()}
                 return _Recipe(reads, again.ops, False, again.wide_bytes)
-            writes.append(v)
+            self._put(self.home[v], v)
         return _Recipe({v: place})
 
     # -- values ------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -12,6 +12,7 @@ import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.moves import axes_of, key_of, places_of
+from autoshard.cost.segments import BLOCK
 from autoshard.cost.tiles import filled
 from autoshard.cost.work import Work
 from autoshard.ir.program import LINK
@@ -150,7 +151,7 @@ class Liveness:
                 size = (
                     size if share is None else size * share[self._place[buffer.value]]
                 )
-                if waiting is not None and self._is_stash(buffer):
+                if waiting is not None and self.is_stash(buffer):
                     stash += size * waiting
                 live(buffer.kind, size, buffer.begin, buffer.end)
         for value in self._gradient_leaves:
@@ -168,12 +169,32 @@ class Liveness:
         table.update({kind: total[at, columns] for kind, total in totals.items()})
         return np.asarray(sum(table.values())), table
 
+    def activations(
+        self, meshes: Meshes, cuts: Vector
+    ) -> Iterator[tuple[Buffer, Vector, bool]]:
+        """What is made of the batch alone, however state is stored.
+
+        Args:
+            meshes: The candidates.
+            cuts: float64[candidate]; microbatches of each.
+
+        Yields:
+            Each buffer, its bytes on one device, and whether it belongs to the blocks.
+        """
+        tiles: dict[_Key, Vector | float] = {}
+        for buffer in self.buffers:
+            depends = buffer.needs or buffer.only or buffer.result >= 0
+            batched = self.work.batched[buffer.value]
+            if batched and buffer.kind == "activations" and not depends:
+                size = self._size(buffer, meshes, cuts, tiles) * buffer.alike
+                yield buffer, size, bool(self._place[buffer.value] == BLOCK)
+
     @property
     def _place(self) -> np.ndarray:
         """Where each value belongs when the program is cut into stages."""
         return self.work.segments.of_value
 
-    def _is_stash(self, buffer: Buffer) -> bool:
+    def is_stash(self, buffer: Buffer) -> bool:
         """Whether a buffer keeps what the backward pass needs of a microbatch."""
         whole = not buffer.needs and buffer.result < 0
         return whole and buffer.value in self.work.segments.stashed

@@ -68,20 +68,58 @@ def exposed_s(
     >>> exposed_s("cpu", Constants.shipped(), one, one, one, one).tolist()
     [3.0]
     """
-    if kind == "cpu":  # its collectives block
-        return ahead + after + between
     if kind == "tpu":
         between = between * constants["tensor.compiler"]
-        rest = work + between
+    return _with_state_s(kind, constants, between, work + between, ahead, after)
+
+
+def _with_state_s(
+    kind: str,
+    constants: Constants,
+    shown: Vector,
+    rest: Vector,
+    ahead: Vector,
+    after: Vector,
+) -> Vector:
+    """What shows of gathers and sums of state, beside the rest, added to `shown`."""
+    if kind == "cpu":  # its collectives block
+        return ahead + after + shown
+    if kind == "tpu":
         share = constants["gather.interference_tpu"]
-        return between + prefetched(ahead + after, rest, share)
-    rest = work + between
+        return shown + prefetched(ahead + after, rest, share)
     # Two thirds of the work are the backward pass.
     cover = constants["data.hidden"] * rest * 2 / 3
     return (
-        between
+        shown
         + prefetched(ahead, rest, constants["gather.interference"])
         + trailing(after, cover, constants["data.exposed"])
+    )
+
+
+def least_s(
+    kind: str, constants: Constants, rest: Vector, ahead: Vector, after: Vector
+) -> Vector:
+    """Seconds of a step at least, of which a part is known.
+
+    More of what else runs hides more of the gathers and sums. What shows of these is
+    linear in it, but for where it covers the gathers and where the sums: the least is
+    at one of the two, or where there is nothing more.
+
+    Args:
+        kind: As in `exposed_s`.
+        constants: As in `exposed_s`.
+        rest: Seconds at least of all but `ahead` and `after`.
+        ahead: As in `exposed_s`, at least.
+        after: As in `exposed_s`, at least.
+
+    >>> one = np.ones(1)
+    >>> least_s("cpu", Constants.shipped(), one, one, one).tolist()
+    [3.0]
+    """
+    covered = (1 - constants["data.exposed"]) * after / constants["data.hidden"] * 1.5
+    ends = (rest, *(np.maximum(rest, at) for at in (ahead, covered)))
+    return np.minimum.reduce(
+        [_with_state_s(kind, constants, end, end, ahead, after) for end in ends]
     )
 
 
@@ -95,11 +133,6 @@ def least_exposed_s(
 ) -> Vector:
     """The least of `exposed_s` where collectives take this long, or longer.
 
-    More of what is ahead or after never shows less. More in between may: gathers and
-    sums run beside it too. What shows is convex in it, and straight but where it has
-    hidden all gathers, or of the sums as much as can be: the least is there, or at the
-    start.
-
     Args:
         kind: As in `exposed_s`.
         constants: As in `exposed_s`.
@@ -112,15 +145,6 @@ def least_exposed_s(
     >>> least_exposed_s("cpu", Constants.shipped(), one, one, one, one).tolist()
     [3.0]
     """
-
-    def shown(between: Vector) -> Vector:
-        return exposed_s(kind, constants, work, ahead, after, between)
-
-    found = shown(between)
-    if kind != "gpu":  # the others hide less by it than it takes
-        return found
-    hidden = constants["data.hidden"] * 2 / 3
-    summed = after * (1 - constants["data.exposed"])
-    for rest in (ahead, summed / max(hidden, np.finfo(float).tiny)):
-        found = np.minimum(found, shown(np.maximum(between, rest - work)))
-    return found
+    if kind == "tpu":
+        between = between * constants["tensor.compiler"]
+    return least_s(kind, constants, work + between, ahead, after) - work

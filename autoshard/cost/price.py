@@ -26,7 +26,7 @@ from autoshard.cost.moves import (
     unique_moves,
 )
 from autoshard.cost.overlap import exposed_s, least_exposed_s
-from autoshard.cost.pipeline import Pipeline, bubble_share
+from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.placement import Placements
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
@@ -145,7 +145,7 @@ class Pricer:
         self._padded = self._find_padded()
         self._of_axes = Moves(sharded, self.moves)
         self._along: dict[frozenset[str], Pricer] = {}
-        self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
+        self.prefetched, self.trailing = moves_of_state(sharded, work, self.moves)
         self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
 
     @cached_property
@@ -192,7 +192,7 @@ class Pricer:
             alike = None if same is None else _Alike.of_same(same[rows])
             return pricer._price(part, cuts, limit_s, anywhere, found, alike)
 
-        return self._apart(meshes, microbatches, one)
+        return self.apart(meshes, microbatches, one)
 
     def price_stages(
         self,
@@ -235,7 +235,7 @@ class Pricer:
                 part, cuts, pipelines, limit_s, anywhere, found, alike
             )
 
-        return self._apart(meshes, microbatches, each)
+        return self.apart(meshes, microbatches, each)
 
     def on(self, active: frozenset[str]) -> Pricer:
         """What prices meshes where only these axes have several devices.
@@ -252,7 +252,7 @@ class Pricer:
             )
         return self._along[active]
 
-    def _apart(
+    def apart(
         self,
         meshes: Meshes,
         cuts: Vector,
@@ -333,10 +333,7 @@ class Pricer:
                 taken(cut(how, segments.blocks, even, of_base, cuts), same.of)
                 for how in pipelines
             ]
-        sent = np.zeros(len(meshes))
-        for v in segments.sent:
-            axes = axes_of(self.sharded.specs[v])
-            sent += self.local_bytes(v, axes, meshes, microbatches)
+        sent = self.sent_bytes(meshes, microbatches)
         shared = np.zeros(len(meshes))
         for v in self._gradient_leaves():
             if segments.of_value[v] == BOTH:
@@ -400,7 +397,15 @@ class Pricer:
             every = np.ones(len(rows), dtype=bool)
             return pricer._peaks(part, cuts, [taken(how, rows)], [every])[0]
 
-        return self._apart(Meshes(cluster, sizes), microbatches, peaks)
+        return self.apart(Meshes(cluster, sizes), microbatches, peaks)
+
+    def sent_bytes(self, meshes: Meshes, microbatches: Vector) -> Vector:
+        """Bytes that one microbatch hands from block to block, on one device."""
+        sent = np.zeros(len(meshes))
+        for v in self.work.segments.sent:
+            axes = axes_of(self.sharded.specs[v])
+            sent += self.local_bytes(v, axes, meshes, microbatches)
+        return sent
 
     def _peaks(
         self,
@@ -425,7 +430,7 @@ class Pricer:
                 at = np.flatnonzero(here & stage.exists)
                 places.append((peaks, at))
                 shares.append(stage.share[:, at])
-                later.append(waiting(how, stage, counts, cuts)[at])
+                later.append(waiting(how.pipeline, stage.at, counts, cuts)[at])
         if not places:
             return found
         rows = np.concatenate([at for _, at in places])
@@ -470,9 +475,9 @@ class Pricer:
         for index, move in enumerate(self.moves):
             when = (
                 AHEAD
-                if index in self._prefetched
+                if index in self.prefetched
                 else AFTER
-                if index in self._trailing
+                if index in self.trailing
                 else BETWEEN
             )
             place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
@@ -495,70 +500,6 @@ class Pricer:
         if free is None:
             return parts, None
         return parts, least_exposed_s(kind, constants, work, *least)
-
-    def floor_s(
-        self,
-        cluster: Cluster,
-        sizes: np.ndarray[Any, np.dtype[np.int64]],
-        microbatches: Vector,
-        pipelines: Sequence[Pipeline] = (),
-        orders: Rows | None = None,
-        anywhere: Placements | None = None,
-    ) -> Vector:
-        """Seconds that a step takes at least, however state is stored.
-
-        The kernels of the forward and backward passes and the collectives on
-        activations depend on rules and remat alone: no storage of parameters, gradients
-        and optimizer state makes a candidate with the same rules faster. Of several
-        stages the slowest takes no less than the average one, and waits for the others
-        as the best of the schedules lets it.
-
-        Args:
-            cluster: As in `price`.
-            sizes: As in `price`.
-            microbatches: As in `price`.
-            pipelines: How stages may take turns, where there are several.
-            orders: As in `price`.
-            anywhere: Where axes may lie, if their order is open: then the bound is one
-                of all orders.
-        """
-
-        def floor(pricer: Pricer, part: Meshes, cuts: Vector, _: Rows) -> Vector:
-            return pricer._floor_s(part, cuts, pipelines)
-
-        return self._apart(
-            Meshes(cluster, sizes, orders, anywhere), microbatches, floor
-        )
-
-    def _floor_s(
-        self, meshes: Meshes, microbatches: Vector, pipelines: Sequence[Pipeline]
-    ) -> Vector:
-        cluster = meshes.cluster
-        rates = Rates.of(cluster, self.constants)
-        found, between = np.zeros(len(meshes)), np.zeros(len(meshes))
-        for time in self.compute.times(meshes, microbatches, rates, update=False):
-            found += time.total_s
-        for index, move in enumerate(self.moves):
-            # Of state are also what the update moves and where its results go.
-            of_state = index in self._prefetched or index in self._trailing
-            of_state |= move.op == OUTPUT or self.work.update[move.op]
-            if not of_state and move.value not in self.work.gradients:
-                for _, time, _, _ in self.collective(index, meshes, microbatches):
-                    between += time
-        none = np.zeros(len(meshes))
-        whole = found + exposed_s(
-            cluster.kind, self.constants, none, none, none, between
-        )
-        if not pipelines:
-            return whole
-        stages = meshes.product(STAGE)
-        zero_bubble = self.constants["pipeline.zero_bubble"]
-        waits = [
-            bubble_share(how.schedule, stages, microbatches, zero_bubble) / how.virtual
-            for how in pipelines
-        ]
-        least = np.minimum.reduce(waits)
-        return whole / stages * (1 + least * (stages - 1) / microbatches)
 
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector

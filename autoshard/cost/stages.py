@@ -324,10 +324,16 @@ def least_s(
     return slowest + wait * np.maximum(rest - slowest, 0.0)
 
 
-def waiting(how: Cut, stage: Stage, counts: Vector, cuts: Vector) -> Vector:
-    """Microbatches beyond the current one whose activations a stage holds."""
-    pipeline = how.pipeline
-    held = in_flight(pipeline.schedule, counts, stage.at, pipeline.virtual, cuts)
+def waiting(pipeline: Pipeline, at: Vector, counts: Vector, cuts: Vector) -> Vector:
+    """Microbatches beyond the current one whose activations a stage holds.
+
+    Args:
+        pipeline: How the stages take turns.
+        at: Which stage, from 0.
+        counts: Stages.
+        cuts: Microbatches.
+    """
+    held = in_flight(pipeline.schedule, counts, at, pipeline.virtual, cuts)
     # The vocabulary's forward and backward passes are a stage of their own in between
     # (Yeung et al. 2024, section 5).
     more = 1.0 if pipeline.vocab == "spread" else 0.0

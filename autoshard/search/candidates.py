@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from autoshard.cost import Pricer
+from autoshard.cost import Pricer, floors
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.price import MEMORY_HEADROOM
@@ -59,6 +59,8 @@ class Space:
         if remat not in self._sketches:
             fn = self.fn
             if isinstance(fn, TrainStep):
+                if len(self.args) == 1:
+                    fn.abstract_state()  # found out once, for all schedules
                 fn = fn.with_schedule(microbatches=1, remat=remat)
             elif remat != "none":
                 if required:
@@ -212,7 +214,7 @@ class Space:
         batch, hows = self.batch(), self.pipelines(strategy)
         earlier: list[Strategy] = []
         family: Any = None
-        floor_s = np.zeros(len(grid))
+        rest_s, floor_s, floor_bytes = np.zeros((3, len(grid)))
         known = np.full(len(grid), not bounded)
         first = strategy
         for structure in space.structures(strategy, keep):
@@ -230,13 +232,14 @@ class Space:
             known[ask] = True
             if len(ask):
                 pricer = self._pricer(first, sketch)
-                floor_s[ask] = _floor_s(
-                    pricer, cluster, grid[ask], cuts[ask], batch, hows, placing
-                )
-            here = new & (floor_s <= watch.step_s)
+                at = cluster, grid[ask], cuts[ask], batch, hows, placing, watch.bytes_
+                rest_s[ask], floor_s[ask], floor_bytes[ask] = _floors(pricer, *at)
+            small = floor_bytes <= watch.bytes_
+            here = new & small & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
             watch.indivisible += int((new & np.isnan(floor_s)).sum())
-            watch.pruned += int((new & (floor_s > watch.step_s)).sum())
+            watch.too_large += int((new & ~small).sum())
+            watch.pruned += int((new & small & (floor_s > watch.step_s)).sum())
             if not here.any():
                 continue
             parts = []
@@ -250,10 +253,19 @@ class Space:
                     structure, sketch, active, grid, rows[fits]
                 ):
                     if bounded:
+                        meshes = placing.meshes(grid[at])
+                        own = cuts[at].astype(float)
+                        stored_s = floors.stored_s(pricer, meshes, own, rest_s[at])
+                        least_s = floors.in_stages(pricer, meshes, own, stored_s, hows)
+                        fast = least_s <= watch.step_s
+                        watch.pruned += int((~fast).sum())
+                        at = at[fast]
                         held = pricer.liveness.held_bytes(Meshes(cluster, grid[at]))
                         if hows:  # the fullest stage has no less than the average one
                             held = held / grid[at, STAGE]
-                        small = held <= watch.bytes_
+                        # Activations come to it, but may be those of another stage.
+                        alone = (grid[at, STAGE] == 1) | (not hows)
+                        small = held + alone * floor_bytes[at] <= watch.bytes_
                         watch.too_large += int((~small).sum())
                         at = at[small]
                     parts.append((pricer, grid[at], cuts[at]))
@@ -383,7 +395,7 @@ def _for_blocks(rows: np.ndarray, strategy: Strategy, segments: Segments) -> np.
     return rows[fits]
 
 
-def _floor_s(
+def _floors(
     pricer: Pricer,
     cluster: Cluster,
     grid: np.ndarray,
@@ -391,19 +403,23 @@ def _floor_s(
     batch: int,
     pipelines: Sequence[Pipeline],
     placing: Placing,
-) -> np.ndarray:
-    """Bounds of all structures with these rules and remat, float64[candidate].
+    bytes_: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bounds of all structures with these rules and remat, float64[candidate] each.
 
-    NaN where the batch does not divide, whatever the storage.
+    Returns:
+        Seconds beside what storage moves, and of the step, NaN where the batch does not
+        divide, whatever the storage, and infinite where the bytes are too many; and
+        bytes, zero where the batch does not divide.
     """
-    floor_s = np.full(len(grid), np.nan)
-    fits = batch_divides(pricer, grid, cuts, batch)
-    floor_s[fits] = pricer.floor_s(
-        cluster,
-        grid[fits],
-        cuts[fits].astype(float),
-        pipelines,
-        placing.orders(int(fits.sum())),
-        placing.anywhere,
-    )
-    return floor_s
+    rest_s, floor_s = np.full((2, len(grid)), np.nan)
+    floor_bytes = np.zeros(len(grid))
+    fits = np.flatnonzero(batch_divides(pricer, grid, cuts, batch))
+    meshes, own = Meshes(cluster, grid[fits]), cuts[fits].astype(float)
+    floor_bytes[fits] = floors.floor_bytes(pricer, meshes, own, pipelines)
+    rest_s[fits] = floor_s[fits] = np.inf
+    small = fits[floor_bytes[fits] <= bytes_]
+    meshes, own = placing.meshes(grid[small]), cuts[small].astype(float)
+    rest_s[small] = floors.rest_s(pricer, meshes, own)
+    floor_s[small] = floors.in_stages(pricer, meshes, own, rest_s[small], pipelines)
+    return rest_s, floor_s, floor_bytes

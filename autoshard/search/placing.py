@@ -7,7 +7,7 @@ from math import factorial
 
 import numpy as np
 
-from autoshard.cost.collectives import Rows
+from autoshard.cost.collectives import Meshes, Rows
 from autoshard.cost.placement import Placements, distinguishes
 from autoshard.ir.mesh import AXES, arranged
 from autoshard.plan.cluster import Cluster
@@ -19,12 +19,14 @@ class Placing:
     """How candidates may be laid out.
 
     Attributes:
+        cluster: Where.
         first: The order in which they are priced first, int64[place].
         hole: Whether others are allowed.
         anywhere: Where axes may lie then; None where no other order is, or where the
             network does not tell them apart.
     """
 
+    cluster: Cluster
     first: Rows
     hole: bool
     anywhere: Placements | None
@@ -37,6 +39,7 @@ class Placing:
         axes = AXES if order == "auto" else arranged(order)
         several = hole and distinguishes(cluster)
         return Placing(
+            cluster=cluster,
             first=np.array([AXES.index(axis) for axis in axes]),
             hole=hole,
             anywhere=Placements(cluster, sizes) if several else None,
@@ -45,6 +48,10 @@ class Placing:
     def orders(self, count: int) -> Rows:
         """The first order of so many candidates, int64[candidate, place]."""
         return np.broadcast_to(self.first, (count, len(AXES)))
+
+    def meshes(self, sizes: np.ndarray) -> Meshes:
+        """So many meshes in the first order, for bounds that hold in all of them."""
+        return Meshes(self.cluster, sizes, self.orders(len(sizes)), self.anywhere)
 
     def alike(self, sizes: np.ndarray) -> int:
         """Orders of some meshes in which these are what they are in another one."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from autoshard.cost.constants import Constants, table
 from autoshard.cost.run import Runs
@@ -40,6 +39,8 @@ def fit(rows: Sequence[Row], start: Constants | None = None) -> Constants:
     Returns:
         Values for every constant.
     """
+    from scipy.optimize import least_squares  # slow to import
+
     names = [c.name for c in table()]
     prior = np.log([c.prior for c in table()])
     spread = np.array([c.spread for c in table()])
@@ -91,6 +92,8 @@ def fit_memory(rows: Sequence[Row], start: Constants | None = None) -> Constants
     Returns:
         Values for every constant; those of other things than memory as in `start`.
     """
+    from scipy.optimize import least_squares
+
     start = start or Constants.priors()
     mine = [c for c in table() if c.name.startswith("memory.")]
     names = [c.name for c in mine]

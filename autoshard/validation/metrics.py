@@ -7,7 +7,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import kendalltau
 
 GROUP_SIZE = 5
 """Fewest plans in a group whose ranking is looked at."""
@@ -87,6 +86,8 @@ def groups(
     >>> groups(rows, [1, 2, 3, 4, 5], [2, 1, 3, 4, 5])[0].regret
     1.0
     """
+    from scipy.stats import kendalltau  # slow to import
+
     members: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for index, name in enumerate(names):
         members[name].append(index)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from helpers.equality import abstract_batch, make_step
 
+from autoshard.cost import floors
 from autoshard.cost.collectives import Meshes
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
 from autoshard.search.candidates import Space
 from autoshard.search.pinning import with_pins
+from autoshard.search.placing import Placing
 from autoshard.search.space import pipelines
 
 PINS = {
@@ -43,17 +45,25 @@ def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
     def family(group):
         return group.strategy.rules, group.strategy.schedule
 
-    compared = 0
+    hows = pipelines(strategy)
+    compared = raised = 0
     for _, members in itertools.groupby(groups, key=family):
         first, *others = members
         for group in (first, *others):
             cuts = group.cuts.astype(np.float64)
-            floor_s = first.pricer.floor_s(
-                there, group.sizes, cuts, pipelines(strategy)
-            )
-            assert (floor_s <= group.step_s * (1 + 1e-12)).all(), group.strategy
+            at = Placing.of(strategy, there, group.sizes).meshes(group.sizes), cuts
+            rest_s = floors.rest_s(first.pricer, *at)
+            stored_s = floors.stored_s(group.pricer, *at, rest_s)
+            for whole in (rest_s, stored_s):
+                floor_s = floors.in_stages(first.pricer, *at, whole, hows)
+                assert (floor_s <= group.step_s * (1 + 1e-12)).all(), group.strategy
+            raised += int((stored_s > rest_s).sum())
+            floor_bytes = floors.floor_bytes(first.pricer, *at, hows)
+            assert (floor_bytes <= group.peak_bytes * (1 + 1e-12)).all()
             held = group.pricer.liveness.held_bytes(Meshes(there, group.sizes))
             held = held / group.sizes[:, 0]  # of stages
-            assert (held <= group.peak_bytes).all(), group.strategy
+            held += (group.sizes[:, 0] == 1) * floor_bytes
+            assert (held <= group.peak_bytes * (1 + 1e-12)).all(), group.strategy
             compared += len(group.sizes)
     assert compared > 300
+    assert raised > 100

@@ -11,7 +11,8 @@ from helpers.equality import abstract_batch, make_step
 from helpers.small_programs import instance
 from helpers.spaces import OneByOne, of_mesh, without_idle
 
-from autoshard.cost import Pricer
+from autoshard.cost import Pricer, floors
+from autoshard.cost.collectives import Meshes
 from autoshard.cost.price import Prices
 from autoshard.ir.errors import InfeasibleError
 from autoshard.ir.mesh import AXES
@@ -96,7 +97,8 @@ def compared(everything, strategy, chips, every=1):
                         rtol=1e-9,
                         err_msg=f"{part}, idle {sorted(idle)}: {structure!r}",
                     )
-                a, b = (p.floor_s(chips, sizes, cuts) for p in (whole, alone))
+                meshes = Meshes(chips, sizes)
+                a, b = (floors.rest_s(p, meshes, cuts) for p in (whole, alone))
                 np.testing.assert_allclose(a, b, rtol=1e-9)
             count += 1
     return count, passed
