@@ -69,11 +69,11 @@ def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, nth):
     one = solver()
     price, calls = Pricer.price, []
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **how):
         calls.append(self)
         if len(calls) == nth:
             raise KeyboardInterrupt
-        return price(self, *args)
+        return price(self, *args, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pricer, "price", interrupted)
@@ -93,9 +93,9 @@ def test_an_interruption_of_the_very_last_structure_is_not_complete(
 ):
     price, calls = Pricer.price, []
 
-    def counted(self, *args):
+    def counted(self, *args, **how):
         calls.append(self)
-        return price(self, *args)
+        return price(self, *args, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pricer, "price", counted)
@@ -103,7 +103,7 @@ def test_an_interruption_of_the_very_last_structure_is_not_complete(
     last = len(calls)
     calls.clear()
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **how):
         if len(calls) == last - 1:
             raise KeyboardInterrupt
         return counted(self, *args)
@@ -116,7 +116,7 @@ def test_an_interruption_of_the_very_last_structure_is_not_complete(
 
 
 def test_an_interruption_before_anything_was_found_is_passed_on(monkeypatch):
-    def interrupted(self, *args):
+    def interrupted(self, *args, **how):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Pricer, "price", interrupted)
