@@ -73,6 +73,7 @@ def planned(plan):
         ("megatron-sp", {"data": 2, "tensor": 4}, False),
         ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}, True),
         ("fsdp-tp", {"data": 2, "fsdp": 2, "tensor": 2}, False),
+        ("fsdp-tp-cp", {"data": 1, "fsdp": 1, "context": 4, "tensor": 2}, True),
     ],
 )
 def test_planned_collectives_are_the_emitted_ones(name, mesh, scan, tmp_path, capfd):
