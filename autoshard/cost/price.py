@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from autoshard.cost.active import Moves, along
+from autoshard.cost.attention import CONTEXT, in_parts, passes_of
 from autoshard.cost.collectives import Meshes, Rows, Vector, scattered
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
+from autoshard.cost.context import ALL_GATHER, Context, Transfer
 from autoshard.cost.liveness import Liveness
 from autoshard.cost.moves import (
     Step,
@@ -53,6 +55,8 @@ class Prices:
         sent_s: Seconds in transfers between stages, as far as they show.
         cut: How they are cut into stages; None where they are not.
         slowest_share: What the slowest stage has, by place: [place, candidate].
+        context_heads: Devices of `context` that share the heads of attention,
+            int64[candidate].
     """
 
     matmul_s: Vector
@@ -60,6 +64,7 @@ class Prices:
     collective_s: Vector
     peak_bytes: Vector
     hidden_s: Vector
+    context_heads: np.ndarray[Any, np.dtype[np.int64]]
     bubble_s: Vector | float = 0.0
     sent_s: Vector | float = 0.0
     cut: Cut | None = None
@@ -82,21 +87,41 @@ class Pricer:
         sharded: The program, traced without microbatches.
         work: Its facts, from `analyse`.
         constants: Of the cost model, by default as fitted to published runs.
+        context_kind: How attention over a sequence in parts is done, see
+            `autoshard.cost.context`.
+        context_heads: Devices that share heads under `usp`, 0 for the fastest number.
     """
 
     def __init__(
-        self, sharded: ShardedProgram, work: Work, constants: Constants | None = None
+        self,
+        sharded: ShardedProgram,
+        work: Work,
+        constants: Constants | None = None,
+        context_kind: str = ALL_GATHER,
+        context_heads: int = 0,
     ) -> None:
+        passes = passes_of(sharded) if context_kind != ALL_GATHER else ()
+        sharded = in_parts(sharded, passes) if passes else sharded
         self.sharded = sharded
         self.work = work
         self.program = sharded.traced.program
+        self.context = Context(
+            context_kind,
+            context_heads,
+            passes,
+            self.program,
+            work,
+            self.local_bytes,
+        )
         self.moves = unique_moves(sharded)
         self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
         self._of_axes = Moves(sharded, self.moves)
         self._along: dict[frozenset[str], Pricer] = {}
         self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
-        self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
+        self.liveness = Liveness(
+            sharded, work, self.moves, self.local_bytes, self.context.buffers()
+        )
 
     @cached_property
     def compute(self) -> Compute:
@@ -164,13 +189,20 @@ class Pricer:
 
         That is this one, unless the moves that are left there are others.
         """
-        active &= self._of_axes.axes
+        axes = self._of_axes.axes | (CONTEXT if self.context.passes else frozenset())
+        active &= axes
         if active not in self._along:
-            same = active == self._of_axes.axes or not self._of_axes.differ(active)
+            same = active == axes or not self._of_axes.differ(active)
             self._along[active] = (
                 self
                 if same
-                else Pricer(along(self.sharded, active), self.work, self.constants)
+                else Pricer(
+                    along(self.sharded, active),
+                    self.work,
+                    self.constants,
+                    self.context.kind,
+                    self.context.heads,
+                )
             )
         return self._along[active]
 
@@ -202,7 +234,7 @@ class Pricer:
         peak = np.full(len(meshes), np.nan)
         at = np.flatnonzero(matmul + other + shown <= limit_s)
         peak[at], _ = self.liveness.memory(meshes.take(at), microbatches[at])
-        return Prices(matmul, other, shown, peak, hidden)
+        return Prices(matmul, other, shown, peak, hidden, parts.context_heads)
 
     def _price_stages(
         self,
@@ -236,6 +268,7 @@ class Pricer:
                     collective_s=time.shown,
                     peak_bytes=np.full(len(meshes), np.nan),
                     hidden_s=time.hidden,
+                    context_heads=parts.context_heads,
                     bubble_s=time.bubble,
                     sent_s=time.sent,
                     cut=how,
@@ -277,7 +310,10 @@ class Pricer:
         """Seconds of a step by what belongs together, all blocks on every chip."""
         cluster = meshes.cluster
         rates = Rates.of(cluster, self.constants)
-        matmul, other, update = self._compute_parts(meshes, microbatches, rates)
+        matmul, other, update, attention = self._compute_parts(
+            meshes, microbatches, rates
+        )
+        sent, heads = self.context.transfers(meshes, microbatches, attention)
         ahead, after, between = (np.zeros((PLACES, len(meshes))) for _ in range(3))
         of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
         for index, move in enumerate(self.moves):
@@ -294,12 +330,17 @@ class Pricer:
         for exchange in self.sharded.exchanges:
             seconds = self.exchange(exchange, meshes, microbatches)[0]
             between[of_op[exchange.op]] += seconds
+        beside, late = (np.zeros((PLACES, len(meshes))) for _ in range(2))
+        for each in sent:
+            beside[of_op[each.op]] += each.time_s
+            late[of_op[each.op]] += each.shown_s
         collective = ahead + after + between
         work = (matmul + other).sum(axis=0)
         sums = (kind.sum(axis=0) for kind in (ahead, after, between))
         exposed = exposed_s(cluster.kind, self.constants, work, *sums)
         whole = np.maximum(collective.sum(axis=0), np.finfo(float).tiny)
-        return Parts(matmul, other, update, collective, collective / whole * exposed)
+        shown = collective / whole * exposed + late
+        return Parts(matmul, other, update, collective + beside, shown, heads)
 
     def floor_s(
         self,
@@ -334,8 +375,13 @@ class Pricer:
         cluster = meshes.cluster
         rates = Rates.of(cluster, self.constants)
         found, between = np.zeros(len(meshes)), np.zeros(len(meshes))
+        attention = [np.zeros(len(meshes)) for _ in self.context.passes]
         for time in self.compute.times(meshes, microbatches, rates, update=False):
             found += time.total_s
+            if time.kernel.op in self.context.of_op:
+                attention[self.context.of_op[time.kernel.op]] += time.total_s
+        for each in self.context.transfers(meshes, microbatches, attention)[0]:
+            found += each.shown_s
         for index, move in enumerate(self.moves):
             # Of state are also what the update moves and where its results go.
             of_state = index in self._prefetched or index in self._trailing
@@ -384,27 +430,36 @@ class Pricer:
                 found[value.index] = pads
         return found
 
+    def sent(self, meshes: Meshes, microbatches: Vector) -> list[Transfer]:
+        """What attention sends where its keys and values stay in parts."""
+        rates = Rates.of(meshes.cluster, self.constants)
+        attention = self._compute_parts(meshes, microbatches, rates)[3]
+        return self.context.transfers(meshes, microbatches, attention)[0]
+
     # -- time --------------------------------------------------------------------
 
     def compute_s(
         self, meshes: Meshes, cuts: Vector, rates: Rates
     ) -> tuple[Vector, Vector]:
         """Seconds in products, and in all else that a chip computes, at some rates."""
-        matmul, other, _ = self._compute_parts(meshes, cuts, rates)
+        matmul, other, *_ = self._compute_parts(meshes, cuts, rates)
         return matmul.sum(axis=0), other.sum(axis=0)
 
     def _compute_parts(
         self, meshes: Meshes, cuts: Vector, rates: Rates
-    ) -> tuple[Table, Table, Table]:
-        """The same by what belongs together, and the update's part of both."""
+    ) -> tuple[Table, Table, Table, list[Vector]]:
+        """The same by what belongs together, the update's part, and attention's."""
         matmul, other, update = (np.zeros((PLACES, len(meshes))) for _ in range(3))
-        places = self.work.segments
+        places, of_op = self.work.segments, self.context.of_op
+        attention = [np.zeros(len(meshes)) for _ in self.context.passes]
         for time in self.compute.times(meshes, cuts, rates):
             place = places.of_op[time.kernel.op]
             of_kind = matmul if time.kernel.kind == "product" else other
             of_kind[place] += time.total_s
             if self.work.update[time.kernel.op]:
                 update[place] += time.total_s
+            if time.kernel.op in of_op:
+                attention[of_op[time.kernel.op]] += time.total_s
         # Microbatches: read the sum, read the new gradient, write the sum.
         for value in self._gradient_leaves():
             size = self.local_bytes(
@@ -414,7 +469,7 @@ class Pricer:
             moved = moved * self.work.alike[value]
             place = places.of_value[value]
             other[place] += np.where(cuts > 1, cuts * moved, 0.0)
-        return matmul, other, update
+        return matmul, other, update, attention
 
     def _gradient_leaves(self) -> list[int]:
         return [

@@ -43,6 +43,7 @@ class Parts:
         update: Of both, in the optimizer.
         collective: In collectives, hidden or not.
         shown: Of these, what computation does not hide.
+        context_heads: Devices of `context` that share heads, int64[candidate].
     """
 
     matmul: Table
@@ -50,6 +51,7 @@ class Parts:
     update: Table
     collective: Table
     shown: Table
+    context_heads: np.ndarray[Any, np.dtype[np.int64]]
 
     @property
     def busy(self) -> Table:

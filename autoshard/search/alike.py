@@ -51,13 +51,14 @@ def felt(
 
 def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:
     """The axes that two structures use differently; None if they differ otherwise."""
-    if a.schedule != b.schedule:
+    kinds = a.schedule.context_kind, b.schedule.context_kind
+    if a.schedule.model_copy(update={"context_kind": kinds[1]}) != b.schedule:
         return None
     pairs = [(x.axes, y.axes) for x, y in zip(a.rules, b.rules, strict=True)]
     pairs += [
         (getattr(a.storage, state), getattr(b.storage, state)) for state in STATES
     ]
-    found: set[str] = set()
+    found = {"context"} if kinds[0] != kinds[1] else set()
     for one, other in pairs:
         if one != other:
             apart = set(one) ^ set(other)

@@ -16,6 +16,7 @@ import numpy as np
 
 from autoshard.cost import Pricer
 from autoshard.cost.collectives import Meshes
+from autoshard.cost.context import ALL_GATHER
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
@@ -23,7 +24,7 @@ from autoshard.ir.mesh import AXES
 from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.sharded import Layout
+from autoshard.plan.sharded import Layout, ShardedProgram
 from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
 from autoshard.search import space
@@ -71,6 +72,7 @@ class Space:
     def __post_init__(self) -> None:
         self._sketches: dict[str, Sketch | None] = {}
         self._pricers: dict[Any, Pricer] = {}
+        self._sharded: dict[Any, ShardedProgram] = {}
         self._state_dims: dict[Any, frozenset[tuple[str, ...]]] = {}
 
     def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
@@ -237,7 +239,7 @@ class Space:
         for structure in space.structures(strategy, keep):
             watch.visited += 1
             sketch = self.sketch(structure.schedule.remat, required=required)
-            if sketch is None:
+            if sketch is None or not self._attends(structure, sketch, strategy):
                 continue
             new = distinct(structure, earlier, grid)
             earlier.append(structure)
@@ -280,6 +282,27 @@ class Space:
             watch.pruned += left.slower
             yield found
 
+    def _attends(self, structure: Strategy, sketch: Sketch, asked: Strategy) -> bool:
+        """Whether attention can be done as a structure has it.
+
+        Raises:
+            InputError: It cannot, and that is fixed.
+        """
+        kind = structure.schedule.context_kind
+        if kind == ALL_GATHER:
+            return True
+        if self._pricer(structure, sketch).context.passes:
+            return True
+        if asked.schedule.context_kind == "auto":
+            return False
+        raise InputError(
+            f"context_kind = {kind!r}{asked.where('context_kind')} is for attention "
+            "over a sequence that a rule shards over `context`, and none was found: "
+            "there must be products of queries and keys, both of the sequence, that "
+            'run on a part of the queries each. Add `seq = ["context"]` to [rules] '
+            "if it is missing there, or drop context_kind."
+        )
+
     def _parts(
         self, structure: Strategy, sketch: Sketch, grid: np.ndarray, rows: np.ndarray
     ) -> Iterator[tuple[Pricer, np.ndarray]]:
@@ -313,11 +336,17 @@ class Space:
         layout = Layout.of(structure).along(active)
         states = (layout.params, layout.gradients, layout.optimizer)
         key = (structure.schedule.remat, layout.rules, states)
-        if key not in self._pricers:
+        how = (ALL_GATHER, 0)
+        if "context" in active:
+            how = structure.schedule.context_kind, structure.schedule.context_heads
+        if (key, how) not in self._pricers:
             shallow = sketch.shallow
-            sharded = propagate(shallow.traced, shallow.classes, layout)
-            self._pricers[key] = Pricer(sharded, shallow.work)
-        return self._pricers[key]
+            if key not in self._sharded:
+                self._sharded[key] = propagate(shallow.traced, shallow.classes, layout)
+            sharded = self._sharded[key]
+            found = Pricer(sharded, shallow.work, None, *how)
+            self._pricers[key, how] = found
+        return self._pricers[key, how]
 
 
 def _staged_as_can_be(

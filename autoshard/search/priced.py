@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from autoshard.cost import Pricer, Prices
+from autoshard.cost.context import ALL_GATHER, USP
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import Cut
 from autoshard.ir.mesh import AXES
@@ -30,6 +31,7 @@ class Candidates:
         cuts: Microbatches, int64[candidate].
         step_s: Seconds a step, float64[candidate].
         peak_bytes: Per chip, float64[candidate].
+        context_heads: Devices of `context` that share heads, int64[candidate].
         staged: Cuts into stages, each of so many candidates, which come last: those
             before them have one stage. `(cut, candidates of it)`.
     """
@@ -40,6 +42,7 @@ class Candidates:
     cuts: np.ndarray
     step_s: np.ndarray
     peak_bytes: np.ndarray
+    context_heads: np.ndarray
     staged: tuple[tuple[Cut, np.ndarray], ...] = ()
 
     @property
@@ -71,6 +74,11 @@ class Candidates:
         """What the backward pass recomputes."""
         return self.strategy.schedule.remat
 
+    @cached_property
+    def context_kind(self) -> str:
+        """What attention does where `context` has several devices."""
+        return self.strategy.schedule.context_kind
+
     def mesh(self, k: int) -> dict[str, int]:
         """Size of every axis in a candidate."""
         return dict(zip(AXES, self.sizes[k].tolist(), strict=True))
@@ -82,6 +90,9 @@ class Candidates:
         how, blocks = staging or (Pipeline(), ())
         schedule |= {"pipeline": how.schedule, "virtual": how.virtual}
         schedule |= {"vocab": how.vocab, "blocks": blocks}
+        kind = self.context_kind if sizes["context"] > 1 else ALL_GATHER
+        heads = int(self.context_heads[k]) if kind == USP else 0
+        schedule |= {"context_kind": kind, "context_heads": heads}
         return self.strategy.model_copy(
             update={
                 "mesh": {axis: sizes[axis] for axis in self.strategy.mesh},
@@ -103,6 +114,9 @@ class Candidates:
             return self.cuts == value
         if key == "remat":
             return np.full(len(self.sizes), self.remat == value)
+        if key == "context_kind":
+            one = self.sizes[:, AXES.index("context")] == 1
+            return np.where(one, value == ALL_GATHER, self.context_kind == value)
         if key in ("pipeline", "virtual", "vocab"):
             field = "schedule" if key == "pipeline" else key
             return np.array(
@@ -137,6 +151,7 @@ class Candidates:
         return (
             tuple(self.sizes[k].tolist()),
             self.remat,
+            self.context_kind if sizes["context"] > 1 else ALL_GATHER,
             tuple((r.logical, active(r.axes)) for r in self.strategy.rules),
             active(storage.params),
             active(storage.gradients),
@@ -181,15 +196,16 @@ def price(
         The candidates, and how many others were left out.
     """
     left = Left()
-    nothing = np.zeros(0)
-    found = [(np.zeros((0, len(AXES)), int), np.zeros(0, int), nothing, nothing)]
+    none, nothing = np.zeros(0, int), np.zeros(0)
+    found = [(np.zeros((0, len(AXES)), int), none, nothing, nothing, none)]
 
     def take(rows: np.ndarray, counts: np.ndarray, prices: Prices) -> np.ndarray:
         valid = prices.cut.valid if prices.cut else np.ones(len(rows), dtype=bool)
         at = np.flatnonzero(valid & (prices.step_s <= limit_s))
         left.uncut += int((~valid).sum())
         left.slower += int(valid.sum()) - len(at)
-        found.append((rows[at], counts[at], prices.step_s[at], prices.peak_bytes[at]))
+        times, peaks = prices.step_s[at], prices.peak_bytes[at]
+        found.append((rows[at], counts[at], times, peaks, prices.context_heads[at]))
         return at
 
     for by, sizes, cuts in parts:
@@ -208,7 +224,7 @@ def price(
                 assert prices.cut is not None
                 staged.append((prices.cut, take(rows, counts, prices)))
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    kept, pieces, times, peaks = columns
+    kept, pieces, times, peaks, heads = columns
     candidates = Candidates(
         strategy=structure,
         propagated=propagated,
@@ -216,6 +232,7 @@ def price(
         cuts=pieces,
         step_s=times,
         peak_bytes=peaks,
+        context_heads=heads,
         staged=tuple(staged),
     )
     return candidates, left
