@@ -30,6 +30,7 @@ class Side:
     Attributes:
         value: The value.
         root: What it was before it was turned, cast or kept for later.
+        name: Of the operand or result.
         spec: Mesh axes that divide it, dim by dim, `context` among them.
         first: The first op of the pass that takes or makes it.
         last: The last one; of another pass, if that takes it too and nothing lies
@@ -39,6 +40,7 @@ class Side:
 
     value: int
     root: int
+    name: str
     spec: Dims
     first: int
     last: int
@@ -281,7 +283,8 @@ class _Finder:
                     spec[d] = (*spec[d], "context")
                 known = root in taken
                 ends = product.op, product.op
-                found[root] = Side(values[slot], root, tuple(spec), *ends, known)
+                name = f"{op.primitive} " + (f"in{slot}" if slot < 2 else "out0")
+                found[root] = Side(values[slot], root, name, tuple(spec), *ends, known)
         for kind in ("queries", "keys"):
             taken.update(sides.get(kind, ()))
         heads, head_axes = self._heads(products[0])

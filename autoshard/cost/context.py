@@ -31,7 +31,6 @@ from autoshard.cost.liveness import Buffer
 from autoshard.cost.moves import axes_of
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
-from autoshard.ir.program import Program
 
 ALL_GATHER, RING, ULYSSES, USP = "all_gather", "ring", "ulysses", "usp"
 _AT, _BEFORE, _BEHIND = (AXES.index(a) for a in ("context", "expert", "tensor"))
@@ -101,8 +100,7 @@ class Context:
         kind: One of those above; of `all_gather` there are no passes.
         heads: Devices that share heads under `usp`; 0 for as many as is fastest.
         passes: Of attention.
-        program: Their program.
-        work: Its facts.
+        work: Facts of their program.
         local_bytes: Of a value on one device.
     """
 
@@ -111,14 +109,12 @@ class Context:
         kind: str,
         heads: int,
         passes: Sequence[Pass],
-        program: Program,
         work: Work,
         local_bytes: LocalBytes,
     ) -> None:
         self.kind = kind
         self.passes = tuple(passes)
         self.heads = heads
-        self._program = program
         self._work = work
         self._local_bytes = local_bytes
         self.of_op = {op: k for k, one in enumerate(self.passes) for op in one.ops}
@@ -215,8 +211,9 @@ class Context:
                 for side in one.exchanged:
                     size = bytes_of(side)
                     time = runs * among.time_s("all_to_all", CONTEXT, size)
-                    name = self._named(side)
-                    yield Transfer(one.op, "all_to_all", name, size, runs, time, time)
+                    yield Transfer(
+                        one.op, "all_to_all", side.name, size, runs, time, time
+                    )
             if self.kind != ULYSSES:
                 yield from self._ring(one, kernels, runs, ring, around, bytes_of)
 
@@ -251,11 +248,6 @@ class Context:
             yield Transfer(
                 one.op, "permute", name, size, runs * steps, total, total * share
             )
-
-    def _named(self, side: Side) -> str:
-        op = self._program.ops[side.first]
-        slot = (*op.inputs, *op.outputs).index(side.value)
-        return f"{op.primitive} " + (f"in{slot}" if slot < 2 else "out0")
 
     # -- memory ----------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from autoshard.cost.active import Moves, along
-from autoshard.cost.attention import CONTEXT, in_parts, passes_of
+from autoshard.cost.attention import in_parts, passes_of
 from autoshard.cost.collectives import Meshes, Rows, Vector, scattered
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
@@ -87,9 +87,8 @@ class Pricer:
         sharded: The program, traced without microbatches.
         work: Its facts, from `analyse`.
         constants: Of the cost model, by default as fitted to published runs.
-        context_kind: How attention over a sequence in parts is done, see
-            `autoshard.cost.context`.
-        context_heads: Devices that share heads under `usp`, 0 for the fastest number.
+        context: How attention over a sequence in parts is done; by moves if it is not
+            given.
     """
 
     def __init__(
@@ -97,35 +96,47 @@ class Pricer:
         sharded: ShardedProgram,
         work: Work,
         constants: Constants | None = None,
-        context_kind: str = ALL_GATHER,
-        context_heads: int = 0,
+        context: Context | None = None,
     ) -> None:
-        passes = passes_of(sharded) if context_kind != ALL_GATHER else ()
-        sharded = in_parts(sharded, passes) if passes else sharded
         self.sharded = sharded
         self.work = work
         self.program = sharded.traced.program
-        self.context = Context(
-            context_kind,
-            context_heads,
-            passes,
-            self.program,
-            work,
-            self.local_bytes,
-        )
+        self.context = context or Context(ALL_GATHER, 0, (), work, self.local_bytes)
         self.moves = unique_moves(sharded)
         self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
         self._of_axes = Moves(sharded, self.moves)
         self._along: dict[frozenset[str], Pricer] = {}
+        self._gathering: Pricer | None = None
         self._prefetched, self._trailing = moves_of_state(sharded, work, self.moves)
         self.liveness = Liveness(
             sharded, work, self.moves, self.local_bytes, self.context.buffers()
         )
 
+    def with_context(self, kind: str, heads: int = 0) -> Pricer:
+        """What prices the same program with another kind of attention.
+
+        Args:
+            kind: See `autoshard.cost.context`.
+            heads: Devices that share heads under `usp`, 0 for the fastest number.
+        """
+        if kind == ALL_GATHER:
+            return self
+        passes = passes_of(self.sharded)
+        context = Context(kind, heads, passes, self.work, self.local_bytes)
+        parted = in_parts(self.sharded, passes)
+        found = Pricer(parted, self.work, self.constants, context)
+        found._gathering = self
+        return found
+
     @cached_property
     def compute(self) -> Compute:
-        """Its kernels, which take longer to find than all else."""
+        """Its kernels, which take longer to find than all else.
+
+        What attention sends in another way is written like what it gathers.
+        """
+        if self._gathering:
+            return self._gathering.compute
         return Compute(self.sharded, self.work, self._of_axes, self.local_bytes)
 
     def price(
@@ -189,20 +200,21 @@ class Pricer:
 
         That is this one, unless the moves that are left there are others.
         """
-        axes = self._of_axes.axes | (CONTEXT if self.context.passes else frozenset())
-        active &= axes
+        if self._gathering:
+            left = self._gathering.on(active)
+            key = active & self._gathering._of_axes.axes
+            if key not in self._along:
+                how = self.context.kind, self.context.heads
+                same = left is self._gathering
+                self._along[key] = self if same else left.with_context(*how)
+            return self._along[key]
+        active &= self._of_axes.axes
         if active not in self._along:
-            same = active == axes or not self._of_axes.differ(active)
+            same = active == self._of_axes.axes or not self._of_axes.differ(active)
             self._along[active] = (
                 self
                 if same
-                else Pricer(
-                    along(self.sharded, active),
-                    self.work,
-                    self.constants,
-                    self.context.kind,
-                    self.context.heads,
-                )
+                else Pricer(along(self.sharded, active), self.work, self.constants)
             )
         return self._along[active]
 

@@ -24,11 +24,11 @@ from autoshard.ir.mesh import AXES
 from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.sharded import Layout, ShardedProgram
+from autoshard.plan.sharded import Layout
 from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
 from autoshard.search import space
-from autoshard.search.alike import distinct, felt, state_dims
+from autoshard.search.alike import Alike, felt, state_dims
 from autoshard.search.divisible import batch_divides, divisible
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.reading import Sketch, fixed_sizes
@@ -72,7 +72,7 @@ class Space:
     def __post_init__(self) -> None:
         self._sketches: dict[str, Sketch | None] = {}
         self._pricers: dict[Any, Pricer] = {}
-        self._sharded: dict[Any, ShardedProgram] = {}
+        self._attending: dict[Any, bool] = {}
         self._state_dims: dict[Any, frozenset[tuple[str, ...]]] = {}
 
     def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
@@ -231,7 +231,7 @@ class Space:
     ) -> Iterator[Candidates]:
         required = strategy.schedule.remat != "auto"
         batch, hows = self.batch(), self.pipelines(strategy)
-        earlier: list[Strategy] = []
+        alike = Alike(grid)
         family: Any = None
         floor_s = np.zeros(len(grid))
         known = np.full(len(grid), not bounded)
@@ -241,8 +241,7 @@ class Space:
             sketch = self.sketch(structure.schedule.remat, required=required)
             if sketch is None or not self._attends(structure, sketch, strategy):
                 continue
-            new = distinct(structure, earlier, grid)
-            earlier.append(structure)
+            new = alike.distinct(structure)
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
                 first = structure
@@ -291,7 +290,11 @@ class Space:
         kind = structure.schedule.context_kind
         if kind == ALL_GATHER:
             return True
-        if self._pricer(structure, sketch).context.passes:
+        key = (structure.schedule.remat, structure.rules)
+        if key not in self._attending:
+            attends = bool(self._pricer(structure, sketch).context.passes)
+            self._attending[key] = attends
+        if self._attending[key]:
             return True
         if asked.schedule.context_kind == "auto":
             return False
@@ -336,17 +339,18 @@ class Space:
         layout = Layout.of(structure).along(active)
         states = (layout.params, layout.gradients, layout.optimizer)
         key = (structure.schedule.remat, layout.rules, states)
-        how = (ALL_GATHER, 0)
-        if "context" in active:
-            how = structure.schedule.context_kind, structure.schedule.context_heads
-        if (key, how) not in self._pricers:
+        gathering = key, ALL_GATHER
+        if gathering not in self._pricers:
             shallow = sketch.shallow
-            if key not in self._sharded:
-                self._sharded[key] = propagate(shallow.traced, shallow.classes, layout)
-            sharded = self._sharded[key]
-            found = Pricer(sharded, shallow.work, None, *how)
-            self._pricers[key, how] = found
-        return self._pricers[key, how]
+            sharded = propagate(shallow.traced, shallow.classes, layout)
+            self._pricers[gathering] = Pricer(sharded, shallow.work)
+        if "context" not in active:
+            return self._pricers[gathering]
+        how = structure.schedule.context_kind, structure.schedule.context_heads
+        if (key, *how) not in self._pricers:
+            found = self._pricers[gathering].with_context(*how)
+            self._pricers[key, *how] = found
+        return self._pricers[key, *how]
 
 
 def _staged_as_can_be(
