@@ -202,6 +202,7 @@ def _collectives(
                     value=value or "",
                 )
             )
+    found += _of_attention(pricer, meshes, cuts, share)
     for exchange in pricer.sharded.exchanges:
         op = program.ops[exchange.op]
         time, size, runs = pricer.exchange(exchange, meshes, cuts)
@@ -221,6 +222,31 @@ def _collectives(
                 )
             )
     return sorted(found, key=lambda c: (-c.time_s, c.address, c.kind))
+
+
+def _of_attention(
+    pricer: Pricer, meshes: Meshes, cuts: Vector, share: Vector | None
+) -> list[Collective]:
+    """What attention sends where its keys and values stay in parts."""
+    found = []
+    for each in pricer.sent(meshes, cuts):
+        op = pricer.program.ops[each.op]
+        place = pricer.work.segments.of_op[op.index]
+        part = float(share[place, 0]) if share is not None else 1.0
+        if part * each.runs[0]:
+            found.append(
+                Collective(
+                    kind=each.kind,
+                    axes=("context",),
+                    bytes_=round(float(each.bytes_[0])),
+                    count=round(part * float(each.runs[0])),
+                    time_s=part * float(each.time_s[0]),
+                    source=op.source,
+                    address=op.address,
+                    value=each.value,
+                )
+            )
+    return found
 
 
 def _descendants(pricer: Pricer, paths: dict[int, str]) -> dict[int, str]:

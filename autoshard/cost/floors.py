@@ -89,8 +89,13 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Vector:
     def floor(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Vector:
         rates = Rates.of(part.cluster, pricer.constants)
         found, between = np.zeros(len(part)), np.zeros(len(part))
+        attention = [np.zeros(len(part)) for _ in pricer.context.passes]
         for time in pricer.compute.times(part, cuts, rates, state=False):
             found += time.total_s
+            if time.kernel.op in pricer.context.of_op:
+                attention[pricer.context.of_op[time.kernel.op]] += time.total_s
+        for each in pricer.context.transfers(part, cuts, attention)[0]:
+            found += each.shown_s
         for index, move in enumerate(pricer.moves):
             # What is not made of the batch is made of state.
             of_batch = move.op != OUTPUT and pricer.work.batched[move.value]

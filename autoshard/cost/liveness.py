@@ -77,6 +77,7 @@ class Liveness:
         moves: Its moves, each once.
         local_bytes: Bytes of a value on one device, by value, axes, meshes and
             microbatches.
+        more: Buffers of what is sent in other ways than by moves.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Liveness:
         work: Work,
         moves: Sequence[Reshard],
         local_bytes: Callable[[int, frozenset[str], Meshes, Vector], Vector],
+        more: Sequence[Buffer] = (),
     ) -> None:
+        self._more = tuple(more)
         self.sharded = sharded
         self.work = work
         self.moves = moves
@@ -260,6 +263,7 @@ class Liveness:
     def buffers(self) -> tuple[Buffer, ...]:
         """All that is neither an argument nor written over one."""
         found = (*self._values(), *self._copies(), *self._slices(), *self._padded())
+        found += self._more
         inner = self.work.inner
         if not inner:
             return found

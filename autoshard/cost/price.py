@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from autoshard.cost.active import Moves, along
+from autoshard.cost.attention import in_parts, passes_of
 from autoshard.cost.collectives import Meshes, Rows, Vector, scattered, taken
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
+from autoshard.cost.context import ALL_GATHER, Context, Transfer
 from autoshard.cost.liveness import Liveness
 from autoshard.cost.moves import (
     Step,
@@ -69,6 +71,8 @@ class Prices:
         sent_s: Seconds in transfers between stages, as far as they show.
         cut: How they are cut into stages; None where they are not.
         slowest_share: What the slowest stage has, by place: [place, candidate].
+        context_heads: Devices of `context` that share the heads of attention,
+            int64[candidate].
         kernels: What a chip computes, all blocks on it; of several pipelines, which
             have it in common, the first has it.
         least_s: Seconds that a step takes at least, whatever the order of the axes;
@@ -80,6 +84,7 @@ class Prices:
     collective_s: Vector
     peak_bytes: Vector
     hidden_s: Vector
+    context_heads: np.ndarray[Any, np.dtype[np.int64]]
     bubble_s: Vector | float = 0.0
     sent_s: Vector | float = 0.0
     cut: Cut | None = None
@@ -132,25 +137,56 @@ class Pricer:
         sharded: The program, traced without microbatches.
         work: Its facts, from `analyse`.
         constants: Of the cost model, by default as fitted to published runs.
+        context: How attention over a sequence in parts is done; by moves if it is not
+            given.
     """
 
     def __init__(
-        self, sharded: ShardedProgram, work: Work, constants: Constants | None = None
+        self,
+        sharded: ShardedProgram,
+        work: Work,
+        constants: Constants | None = None,
+        context: Context | None = None,
     ) -> None:
         self.sharded = sharded
         self.work = work
         self.program = sharded.traced.program
+        self.context = context or Context(ALL_GATHER, 0, (), work, self.local_bytes)
         self.moves = unique_moves(sharded)
         self.constants = constants or Constants.shipped()
         self._padded = self._find_padded()
         self._of_axes = Moves(sharded, self.moves)
         self._along: dict[frozenset[str], Pricer] = {}
+        self._gathering: Pricer | None = None
         self.prefetched, self.trailing = moves_of_state(sharded, work, self.moves)
-        self.liveness = Liveness(sharded, work, self.moves, self.local_bytes)
+        self.liveness = Liveness(
+            sharded, work, self.moves, self.local_bytes, self.context.buffers()
+        )
+
+    def with_context(self, kind: str, heads: int = 0) -> Pricer:
+        """What prices the same program with another kind of attention.
+
+        Args:
+            kind: See `autoshard.cost.context`.
+            heads: Devices that share heads under `usp`, 0 for the fastest number.
+        """
+        if kind == ALL_GATHER:
+            return self
+        passes = passes_of(self.sharded)
+        context = Context(kind, heads, passes, self.work, self.local_bytes)
+        parted = in_parts(self.sharded, passes)
+        found = Pricer(parted, self.work, self.constants, context)
+        found._gathering = self
+        return found
 
     @cached_property
     def compute(self) -> Compute:
-        """Its kernels, which take longer to find than all else."""
+        """Its kernels, which take longer to find than all else.
+
+        What attention sends in another way is written like what it gathers.
+        """
+        if self._gathering:
+            return self._gathering.compute
         return Compute(self.sharded, self.work, self._of_axes, self.local_bytes)
 
     def price(
@@ -242,6 +278,14 @@ class Pricer:
 
         That is this one, unless the moves that are left there are others.
         """
+        if self._gathering:
+            left = self._gathering.on(active)
+            key = active & self._gathering._of_axes.axes
+            if key not in self._along:
+                how = self.context.kind, self.context.heads
+                same = left is self._gathering
+                self._along[key] = self if same else left.with_context(*how)
+            return self._along[key]
         active &= self._of_axes.axes
         if active not in self._along:
             same = active == self._of_axes.axes or not self._of_axes.differ(active)
@@ -300,6 +344,7 @@ class Pricer:
             shown,
             peaks,
             parts.collective.sum(axis=0) - shown,
+            parts.context_heads,
             kernels=kernels,
             least_s=None if least is None else matmul + other + least,
         )
@@ -359,6 +404,7 @@ class Pricer:
                     collective_s=time.shown,
                     peak_bytes=known[k].peak_bytes if known else nothing,
                     hidden_s=time.hidden,
+                    context_heads=parts.context_heads,
                     bubble_s=time.bubble,
                     sent_s=time.sent,
                     cut=how,
@@ -486,6 +532,11 @@ class Pricer:
         for exchange in self.sharded.exchanges:
             found = self.exchange(exchange, meshes, microbatches)
             add(BETWEEN, of_op[exchange.op], exchange.kind, exchange.axes, *found)
+        sent, heads = self.context.transfers(meshes, microbatches, kernels.attention)
+        beside, late = (np.zeros((PLACES, len(meshes))) for _ in range(2))
+        for each in sent:
+            beside[of_op[each.op]] += each.time_s
+            late[of_op[each.op]] += each.shown_s
         collective = sums.sum(axis=0)
         work = (kernels.matmul + kernels.other).sum(axis=0)
         exposed = exposed_s(kind, constants, work, *sums.sum(axis=1))
@@ -494,12 +545,15 @@ class Pricer:
             kernels.matmul,
             kernels.other,
             kernels.update,
-            collective,
-            collective / whole * exposed,
+            collective + beside,
+            collective / whole * exposed + late,
+            heads,
         )
         if free is None:
             return parts, None
-        return parts, least_exposed_s(kind, constants, work, *least)
+        # Attention sends in one order alone, see `Placing`.
+        shown = least_exposed_s(kind, constants, work, *least) + late.sum(axis=0)
+        return parts, shown
 
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
@@ -527,6 +581,11 @@ class Pricer:
                 found[value.index] = pads
         return found
 
+    def sent(self, meshes: Meshes, microbatches: Vector) -> list[Transfer]:
+        """What attention sends where its keys and values stay in parts."""
+        attention = self._kernels(meshes, microbatches).attention
+        return self.context.transfers(meshes, microbatches, attention)[0]
+
     # -- time --------------------------------------------------------------------
 
     def compute_s(
@@ -542,13 +601,16 @@ class Pricer:
         """The same by what belongs together, by default at the rates of the cluster."""
         rates = rates or Rates.of(meshes.cluster, self.constants)
         matmul, other, update = (np.zeros((PLACES, len(meshes))) for _ in range(3))
-        places = self.work.segments
+        places, of_op = self.work.segments, self.context.of_op
+        attention = [np.zeros(len(meshes)) for _ in self.context.passes]
         for time in self.compute.times(meshes, cuts, rates):
             place = places.of_op[time.kernel.op]
             of_kind = matmul if time.kernel.kind == "product" else other
             of_kind[place] += time.total_s
             if self.work.update[time.kernel.op]:
                 update[place] += time.total_s
+            if time.kernel.op in of_op:
+                attention[of_op[time.kernel.op]] += time.total_s
         # Microbatches: read the sum, read the new gradient, write the sum.
         for value in self._gradient_leaves():
             size = self.local_bytes(
@@ -558,7 +620,7 @@ class Pricer:
             moved = moved * self.work.alike[value]
             place = places.of_value[value]
             other[place] += np.where(cuts > 1, cuts * moved, 0.0)
-        return Kernels(matmul, other, update)
+        return Kernels(matmul, other, update, tuple(attention))
 
     def _gradient_leaves(self) -> list[int]:
         return [

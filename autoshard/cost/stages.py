@@ -41,11 +41,14 @@ class Kernels:
         matmul: In matrix products.
         other: In everything else.
         update: Of both, in the optimizer.
+        attention: Of the passes of attention, each float64[candidate], where these
+            keep keys and values in parts.
     """
 
     matmul: Table
     other: Table
     update: Table
+    attention: tuple[Vector, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Parts:
         update: As in `Kernels`.
         collective: In collectives, hidden or not.
         shown: Of these, what computation does not hide.
+        context_heads: Devices of `context` that share heads, int64[candidate].
     """
 
     matmul: Table
@@ -67,6 +71,7 @@ class Parts:
     update: Table
     collective: Table
     shown: Table
+    context_heads: np.ndarray[Any, np.dtype[np.int64]]
 
     @property
     def busy(self) -> Table:

@@ -218,8 +218,13 @@ class Plan(Record):
     @property
     def not_executable(self) -> tuple[str, ...]:
         """What of the plan is priced but cannot be run yet, in words."""
-        piped = self.strategy.schedule.pipeline != "none"
-        return (f"{self.sizes['stage']} pipeline stages",) if piped else ()
+        schedule = self.strategy.schedule
+        found = []
+        if schedule.pipeline != "none":
+            found.append(f"{self.sizes['stage']} pipeline stages")
+        if schedule.context_kind != "all_gather" and self.sizes["context"] > 1:
+            found.append(f"context_kind {schedule.context_kind}")
+        return tuple(found)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, whole or not at all; see `plan.files.save_plan`.

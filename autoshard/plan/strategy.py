@@ -20,6 +20,7 @@ Auto = Literal["auto"]
 Axes = tuple[str, ...]
 PipelineSchedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"]
 Vocab = Literal["ends", "spread"]
+ContextKind = Literal["all_gather", "ring", "ulysses", "usp"]
 STATES = ("params", "gradients", "optimizer")
 
 
@@ -60,6 +61,10 @@ class Schedule(Record):
             `"ends"`, or `"spread"` over all stages.
         blocks: Blocks of every part of every stage, in the order in which data passes
             them; empty for a cut that is as balanced as can be.
+        context_kind: What attention does with keys and values of a sequence that is
+            sharded over `context`; see `autoshard.cost.context`.
+        context_heads: Under `"usp"`, how many devices share heads, the others being a
+            ring; 0 for the fastest number.
         remat: What of each block the backward pass recomputes: `"none"`, `"full"`,
             `"dots"` for all but the results of products with weights, or
             `"save:NAME+NAME"` for all but the values of these names
@@ -71,6 +76,8 @@ class Schedule(Record):
     virtual: Annotated[int, Field(ge=1)] | Auto = 1
     vocab: Vocab | Auto = "ends"
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    context_kind: ContextKind | Auto = "all_gather"
+    context_heads: Annotated[int, Field(ge=0)] = 0
     remat: str = "none"
 
     @field_validator("remat")
@@ -85,6 +92,20 @@ class Schedule(Record):
             raise ValueError(
                 f"pipeline = {self.pipeline!r} has virtual = {self.virtual}: "
                 "'interleaved' has two parts a stage or more, every other schedule one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_are_shared_by_some(self) -> Schedule:
+        if self.context_heads and self.context_kind != "usp":
+            raise ValueError(
+                f"context_heads = {self.context_heads} is with context_kind = "
+                f"{self.context_kind!r}: only 'usp' has that number to choose"
+            )
+        if self.context_heads == 1:
+            raise ValueError(
+                "context_heads = 1 is a ring: two devices or more share heads under "
+                "'usp'; set context_kind = 'ring'"
             )
         return self
 

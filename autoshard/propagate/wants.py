@@ -7,7 +7,7 @@ axes. One axis shards one dim of a value, and one factor of an op.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from math import gcd
 
 from autoshard.ir.program import Op
@@ -260,9 +260,12 @@ class Wants:
     # -- ops ---------------------------------------------------------------------
 
     def op_axes(
-        self, op: Op, rule: FactorRule, operands: Iterable[tuple[Dims, bool]]
+        self, op: Op, rule: FactorRule, operands: Sequence[tuple[Dims, bool]]
     ) -> Dims:
         """Axes per factor; an axis goes to the first factor that wants it.
+
+        Of two factors of one class (queries and keys) the first is that which more
+        operands are sharded along, so that fewer of them move.
 
         Args:
             op: The op.
@@ -283,9 +286,10 @@ class Wants:
         for f, cls in enumerate(classes):
             want = self.strong.get(cls)
             if want and not axes[f] and rule.divisible[f]:
-                wants.append((want[0], f, want[1]))
+                having = sum(_having(rule, operands, f, want[1]))
+                wants.append((want[0], -having, f, want[1]))
         wants.sort()
-        for _, f, want in wants:
+        for *_, f, want in wants:
             if used.isdisjoint(want):
                 axes[f] = want
                 used.update(want)
@@ -296,18 +300,20 @@ class Wants:
             if axes[f] != self._strong_axes(cls):
                 continue  # another factor has taken them, or the user fixed it
             together = (*axes[f], *want)
-            if _some_has(rule, operands, f, together):
+            if any(_having(rule, operands, f, together)):
                 axes[f] = together
                 used.update(want)
         return tuple(axes)
 
 
-def _some_has(
+def _having(
     rule: FactorRule, operands: Iterable[tuple[Dims, bool]], factor: int, axes: Axes
-) -> bool:
-    return any(
-        dim and dim[0] == factor and spec[d] == axes
+) -> Iterator[bool]:
+    """For each operand dim that leads a factor, whether these axes shard it."""
+    return (
+        spec[d] == axes
         for (spec, counts), dims in zip(operands, rule.operands, strict=True)
         if counts
         for d, dim in enumerate(dims)
+        if dim and dim[0] == factor
     )

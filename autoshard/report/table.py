@@ -107,7 +107,7 @@ def policy_lines(document: Document) -> list[tuple[str, str]]:
         (
             "schedule",
             f"{count} microbatch{'es' if count > 1 else ''}, remat "
-            f"{schedule['remat']}, {pipeline_text(schedule)}",
+            f"{schedule['remat']}, {pipeline_text(schedule)}{context_text(schedule)}",
         ),
         *(
             ("not executable", f"{what} cannot be run yet; search with --executable")
@@ -125,6 +125,13 @@ def pipeline_text(schedule: Document) -> str:
     vocab = ", vocabulary spread" if schedule["vocab"] == "spread" else ""
     blocks = "+".join(map(str, schedule["blocks"]))
     return f"pipeline {name}{parts}{vocab}, blocks {blocks}"
+
+
+def context_text(schedule: Document) -> str:
+    """How attention runs over a sequence in parts, in words; empty for gathers."""
+    kind, heads = schedule["context_kind"], schedule["context_heads"]
+    shared = f" of {heads} devices that share heads" if heads else ""
+    return f", attention by {kind}{shared}" if kind != "all_gather" else ""
 
 
 def predicted_lines(document: Document) -> list[tuple[str, str]]:
@@ -303,7 +310,8 @@ def ranking(plans: list[Plan]) -> RenderableType:
             mesh_text([a.model_dump() for a in plan.axes]),
             Text(" ".join(sorted(states, reverse=True)) or "-"),
             f"{plan.microbatches} mb, remat {plan.remat}"
-            + (f", {how}" if (how := filled.schedule.pipeline) != "none" else ""),
+            + (f", {how}" if (how := filled.schedule.pipeline) != "none" else "")
+            + context_text(filled.schedule.model_dump()),
             seconds_text(p.step_s),
             seconds_text(p.collective_s),
             bytes_text(p.memory.total),

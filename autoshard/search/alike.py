@@ -49,29 +49,35 @@ def felt(
     return found
 
 
-def _differing(a: Strategy, b: Strategy) -> frozenset[str] | None:
-    """The axes that two structures use differently; None if they differ otherwise."""
-    if a.schedule != b.schedule:
-        return None
-    pairs = [(x.axes, y.axes) for x, y in zip(a.rules, b.rules, strict=True)]
-    pairs += [
-        (getattr(a.storage, state), getattr(b.storage, state)) for state in STATES
-    ]
-    found: set[str] = set()
-    for one, other in pairs:
-        if one != other:
-            apart = set(one) ^ set(other)
-            found |= apart or set(one)
-    return frozenset(found)
+class Alike:
+    """Which meshes make a structure another than all that came before it.
 
+    Along an axis of one device nothing is done. So structures are compared as they are
+    without such axes, for every set of axes that some mesh has several devices of.
 
-def distinct(
-    structure: Strategy, earlier: list[Strategy], sizes: np.ndarray
-) -> np.ndarray:
-    """Which meshes make this structure another than all earlier ones, bool[mesh]."""
-    new = np.ones(len(sizes), dtype=bool)
-    apart = {axes for e in earlier if (axes := _differing(structure, e)) is not None}
-    for axes in sorted(apart, key=sorted):
-        columns = [AXES.index(a) for a in sorted(axes)]
-        new &= (sizes[:, columns] > 1).any(axis=1)
-    return new
+    Args:
+        sizes: Of the meshes, int64[mesh, axis].
+    """
+
+    def __init__(self, sizes: np.ndarray) -> None:
+        bits = (sizes > 1) @ (1 << np.arange(len(AXES)))
+        patterns, self._of_mesh = np.unique(bits, return_inverse=True)
+        self._active = [
+            frozenset(a for k, a in enumerate(AXES) if pattern >> k & 1)
+            for pattern in patterns.tolist()
+        ]
+        self._seen: list[set[object]] = [set() for _ in self._active]
+
+    def distinct(self, structure: Strategy) -> np.ndarray:
+        """Whether the structure is another one there, bool[mesh]; it is remembered."""
+        schedule, storage = structure.schedule, structure.storage
+        fields = [rule.axes for rule in structure.rules]
+        fields += [getattr(storage, state) for state in STATES]
+        new = np.zeros(len(self._active), dtype=bool)
+        for k, active in enumerate(self._active):
+            kind = schedule.context_kind if "context" in active else ""
+            axes = tuple(tuple(a for a in own if a in active) for own in fields)
+            found = (schedule.remat, kind, axes)
+            new[k] = found not in self._seen[k]
+            self._seen[k].add(found)
+        return new[self._of_mesh]

@@ -35,6 +35,7 @@ class Kept:
         orders: Of the axes, int64[candidate, place].
         step_s: Seconds a step.
         peak_bytes: Per chip.
+        context_heads: Devices of `context` that share heads, int64[candidate].
         staged: How they are cut, and which candidates of the cut they are; None where
             they have one stage.
     """
@@ -44,6 +45,7 @@ class Kept:
     orders: Rows
     step_s: Vector
     peak_bytes: Vector
+    context_heads: Rows
     staged: tuple[Cut, Rows] | None
 
 
@@ -119,6 +121,7 @@ class Batch:
                 orders=orders[at],
                 step_s=prices.step_s[at],
                 peak_bytes=prices.peak_bytes[at],
+                context_heads=prices.context_heads[at],
                 staged=(prices.cut, at) if prices.cut else None,
             )
         )

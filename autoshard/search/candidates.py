@@ -18,6 +18,7 @@ import numpy as np
 
 from autoshard.cost import Pricer, floors
 from autoshard.cost.collectives import Meshes
+from autoshard.cost.context import ALL_GATHER
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.cost.segments import Segments
@@ -30,7 +31,7 @@ from autoshard.plan.sharded import Layout
 from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
 from autoshard.search import space
-from autoshard.search.alike import distinct, felt, state_dims
+from autoshard.search.alike import Alike, felt, state_dims
 from autoshard.search.divisible import batch_divides, divisible
 from autoshard.search.placing import Placing
 from autoshard.search.priced import STAGE, Candidates, price
@@ -52,6 +53,7 @@ class Space:
     def __post_init__(self) -> None:
         self._sketches: dict[str, Sketch | None] = {}
         self._pricers: dict[Any, Pricer] = {}
+        self._attending: dict[Any, bool] = {}
         self._state_dims: dict[Any, frozenset[tuple[str, ...]]] = {}
 
     def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
@@ -209,21 +211,22 @@ class Space:
         cuts: np.ndarray,
     ) -> Iterator[Candidates]:
         bounded = watch.best is not None
-        placing = Placing.of(strategy, cluster, grid)
+        open_ = Placing.of(strategy, cluster, grid)
         required = strategy.schedule.remat != "auto"
         batch, hows = self.batch(), self.pipelines(strategy)
-        earlier: list[Strategy] = []
+        alike = Alike(grid)
         family: Any = None
         rest_s, floor_s, floor_bytes = np.zeros((3, len(grid)))
         known = np.full(len(grid), not bounded)
         first = strategy
         for structure in space.structures(strategy, keep):
             watch.visited += 1
+            gathers = structure.schedule.context_kind == ALL_GATHER
+            placing = open_ if gathers else open_.usual
             sketch = self.sketch(structure.schedule.remat, required=required)
-            if sketch is None:
+            if sketch is None or not self._attends(structure, sketch, strategy):
                 continue
-            new = distinct(structure, earlier, grid)
-            earlier.append(structure)
+            new = alike.distinct(structure)
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
                 first = structure
@@ -273,6 +276,31 @@ class Space:
             found = price(propagated, structure, cluster, parts, hows, placing, watch)
             watch.saw(found.sizes, found.step_s, found.peak_bytes)
             yield found
+
+    def _attends(self, structure: Strategy, sketch: Sketch, asked: Strategy) -> bool:
+        """Whether attention can be done as a structure has it.
+
+        Raises:
+            InputError: It cannot, and that is fixed.
+        """
+        kind = structure.schedule.context_kind
+        if kind == ALL_GATHER:
+            return True
+        key = (structure.schedule.remat, structure.rules)
+        if key not in self._attending:
+            attends = bool(self._pricer(structure, sketch).context.passes)
+            self._attending[key] = attends
+        if self._attending[key]:
+            return True
+        if asked.schedule.context_kind == "auto":
+            return False
+        raise InputError(
+            f"context_kind = {kind!r}{asked.where('context_kind')} is for attention "
+            "over a sequence that a rule shards over `context`, and none was found: "
+            "there must be products of queries and keys, both of the sequence, that "
+            'run on a part of the queries each. Add `seq = ["context"]` to [rules] '
+            "if it is missing there, or drop context_kind."
+        )
 
     def _parts(
         self, structure: Strategy, sketch: Sketch, grid: np.ndarray, rows: np.ndarray
@@ -338,11 +366,18 @@ class Space:
         layout = replace(Layout.of(structure).along(active), sizes=dict(sizes))
         states = (layout.params, layout.gradients, layout.optimizer)
         key = (structure.schedule.remat, layout.rules, states, tuple(sizes.items()))
-        if key not in self._pricers:
+        gathering = key, ALL_GATHER
+        if gathering not in self._pricers:
             shallow = sketch.shallow
             sharded = propagate(shallow.traced, shallow.classes, layout)
-            self._pricers[key] = Pricer(sharded, shallow.work)
-        return self._pricers[key]
+            self._pricers[gathering] = Pricer(sharded, shallow.work)
+        if "context" not in active:
+            return self._pricers[gathering]
+        how = structure.schedule.context_kind, structure.schedule.context_heads
+        if (key, *how) not in self._pricers:
+            found = self._pricers[gathering].with_context(*how)
+            self._pricers[key, *how] = found
+        return self._pricers[key, *how]
 
 
 def _staged_as_can_be(

@@ -128,6 +128,15 @@ def _demands(
             size >= ways, ways, axes, _words(pricer, size, axes, "smaller than")
         )
     yield from _storage(pricer, product)
+    if pricer.context.passes:
+        heads, by = pricer.context.heads_and_axes
+        axes = (*by, "context")
+        yield _Demand(
+            pricer.context.divides(sizes),
+            product(axes),
+            axes,
+            lambda: f"the {heads} heads of attention are not divisible by",
+        )
 
 
 def _storage(

@@ -68,12 +68,13 @@ def finish(
     classes = classes_of(traced, strategy, plain)
     layout = Layout.of(strategy, sizes)
     sharded = propagate(traced, classes, layout)
-    whole = Pricer(sharded, analyse(traced, classes))
+    how = schedule.context_kind, schedule.context_heads
+    whole = Pricer(sharded, analyse(traced, classes)).with_context(*how)
     shallow = Shallow.of(traced, classes)
     pricer = whole
     if shallow.traced is not traced:
         left = propagate(shallow.traced, shallow.classes, layout)
-        pricer = Pricer(left, shallow.work)
+        pricer = Pricer(left, shallow.work).with_context(*how)
     flops = model_flops(plain.shallow.work, plain.shallow.classes)
     predicted = estimate(
         pricer,

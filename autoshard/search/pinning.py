@@ -88,7 +88,8 @@ def _with_pin(strategy: Strategy, key: str, value: Any) -> Strategy:
         document["mesh"] = {**strategy.mesh, axis: _count(value, key)}
     elif key in _SCHEDULE or (section == "schedule" and name in _SCHEDULE):
         field = name or key
-        chosen = _count(value, key) if field in ("microbatches", "virtual") else value
+        counted = field in ("microbatches", "virtual", "context_heads")
+        chosen = _count(value, key) if counted else value
         if field == "blocks" and isinstance(value, str):
             chosen = tuple(_count(part, key) for part in value.split(","))
         document["schedule"] = {**document["schedule"], field: chosen}
@@ -167,7 +168,8 @@ def fixed_fields(strategy: Strategy) -> dict[str, Any]:
         axis: size for axis, size in strategy.mesh.items() if size != "auto"
     }
     of_stages = ("pipeline", "virtual", "vocab") if "stage" in strategy.mesh else ()
-    for field in ("microbatches", "remat", *of_stages):
+    of_context = ("context_kind",) if "context" in strategy.mesh else ()
+    for field in ("microbatches", "remat", *of_context, *of_stages):
         value = getattr(strategy.schedule, field)
         if value != "auto":
             found[field] = value

@@ -45,6 +45,14 @@ class Placing:
             anywhere=Placements(cluster, sizes) if several else None,
         )
 
+    @property
+    def usual(self) -> Placing:
+        """The same with the usual order alone: for attention with its keys in parts.
+
+        How its devices group along an axis is known in that order, see `cost.context`.
+        """
+        return Placing(self.cluster, np.arange(len(AXES)), hole=False, anywhere=None)
+
     def orders(self, count: int) -> Rows:
         """The first order of so many candidates, int64[candidate, place]."""
         return np.broadcast_to(self.first, (count, len(AXES)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from autoshard.cost import Pricer
+from autoshard.cost.context import ALL_GATHER, USP
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import Cut
 from autoshard.ir.mesh import AXES
@@ -35,6 +36,7 @@ class Candidates:
             place].
         step_s: Seconds a step, float64[candidate].
         peak_bytes: Per chip, float64[candidate].
+        context_heads: Devices of `context` that share heads, int64[candidate].
         staged: Cuts into stages, each of so many candidates, which come last: those
             before them have one stage. `(cut, candidates of it)`.
     """
@@ -46,6 +48,7 @@ class Candidates:
     orders: np.ndarray
     step_s: np.ndarray
     peak_bytes: np.ndarray
+    context_heads: np.ndarray
     staged: tuple[tuple[Cut, np.ndarray], ...] = ()
 
     @property
@@ -77,6 +80,11 @@ class Candidates:
         """What the backward pass recomputes."""
         return self.strategy.schedule.remat
 
+    @cached_property
+    def context_kind(self) -> str:
+        """What attention does where `context` has several devices."""
+        return self.strategy.schedule.context_kind
+
     def mesh(self, k: int) -> dict[str, int]:
         """Size of every axis in a candidate."""
         return dict(zip(AXES, self.sizes[k].tolist(), strict=True))
@@ -88,6 +96,9 @@ class Candidates:
         how, blocks = staging or (Pipeline(), ())
         schedule |= {"pipeline": how.schedule, "virtual": how.virtual}
         schedule |= {"vocab": how.vocab, "blocks": blocks}
+        kind = self.context_kind if sizes["context"] > 1 else ALL_GATHER
+        heads = int(self.context_heads[k]) if kind == USP else 0
+        schedule |= {"context_kind": kind, "context_heads": heads}
         order = [AXES[place] for place in self.orders[k].tolist()]
         return self.strategy.model_copy(
             update={
@@ -111,6 +122,9 @@ class Candidates:
             return self.cuts == value
         if key == "remat":
             return np.full(len(self.sizes), self.remat == value)
+        if key == "context_kind":
+            one = self.sizes[:, AXES.index("context")] == 1
+            return np.where(one, value == ALL_GATHER, self.context_kind == value)
         if key in ("pipeline", "virtual", "vocab"):
             field = "schedule" if key == "pipeline" else key
             return np.array(
@@ -145,6 +159,7 @@ class Candidates:
         return (
             tuple(self.sizes[k].tolist()),
             self.remat,
+            self.context_kind if sizes["context"] > 1 else ALL_GATHER,
             tuple((r.logical, active(r.axes)) for r in self.strategy.rules),
             active(storage.params),
             active(storage.gradients),
@@ -210,5 +225,8 @@ def price(
         orders=np.concatenate([axes, *(k.orders for k in kept)]),
         step_s=np.concatenate([none, *(k.step_s for k in kept)]),
         peak_bytes=np.concatenate([none, *(k.peak_bytes for k in kept)]),
+        context_heads=np.concatenate(
+            [none.astype(np.int64), *(k.context_heads for k in kept)]
+        ),
         staged=tuple(k.staged for k in kept if k.staged),
     )

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import get_args
 
 import numpy as np
 
 from autoshard.cost.pipeline import Pipeline
 from autoshard.ir.errors import InfeasibleError, InputError
-from autoshard.ir.mesh import AXES
+from autoshard.ir.mesh import AXES, arranged
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.strategy import STATES, Axes, Rule, Storage, Strategy
+from autoshard.plan.strategy import (
+    STATES,
+    Auto,
+    Axes,
+    ContextKind,
+    Rule,
+    Storage,
+    Strategy,
+)
 
 _BATCH_AXES = ("data", "fsdp")
 _TENSOR = ("tensor",)
@@ -118,6 +127,32 @@ def _sensible(
     return True
 
 
+CONTEXT_KINDS = get_args(ContextKind)
+"""What attention may do with a sequence in parts, what can be run first."""
+
+
+def _context_kinds(
+    strategy: Strategy, rules: Iterable[Rule]
+) -> tuple[ContextKind | Auto, ...]:
+    """Kinds of attention to try; more than one only where a sequence is in parts.
+
+    Raises:
+        InputError: What attention sends is not known in the order that is fixed.
+    """
+    kind = strategy.schedule.context_kind
+    usual = strategy.order == "auto" or arranged(strategy.order) == AXES
+    if kind == "auto":
+        in_parts = any("context" in rule.axes for rule in rules)
+        return CONTEXT_KINDS if in_parts and usual else CONTEXT_KINDS[:1]
+    if kind != CONTEXT_KINDS[0] and not usual:
+        raise InputError(
+            f"context_kind = {kind!r}{strategy.where('context_kind')} is priced in the "
+            f"usual order of axes only, and order = {list(strategy.order)}"
+            f"{strategy.where('order')} is fixed; leave one of the two out."
+        )
+    return (kind,)
+
+
 REMATS = ("none", "dots", "full")
 """What may be rematerialised, less of it first."""
 
@@ -149,21 +184,22 @@ def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Str
     combined = sorted(
         itertools.product(*domains), key=lambda axes: any("tensor" in a for a in axes)
     )
-    # Those of the same rules and remat come one after the other: they share bounds.
-    for axes, remat, storage in itertools.product(combined, remats, stored):
+    for axes in combined:
         rules = tuple(
             Rule(logical=rule.logical, axes=chosen)
             for rule, chosen in zip(strategy.rules, axes, strict=True)
         )
         if not _sensible(strategy.rules, rules, dict(strategy.mesh), dict(kept)):
             continue
-        yield strategy.model_copy(
-            update={
-                "rules": rules,
-                "storage": storage,
-                "schedule": strategy.schedule.model_copy(update={"remat": remat}),
-            }
-        )
+        kinds = _context_kinds(strategy, rules)
+        # Those of the same rules and schedule come one after the other: they share
+        # bounds.
+        for remat, kind in itertools.product(remats, kinds):
+            chosen = {"remat": remat, "context_kind": kind}
+            schedule = strategy.schedule.model_copy(update=chosen)
+            for storage in stored:
+                update = {"rules": rules, "storage": storage, "schedule": schedule}
+                yield strategy.model_copy(update=update)
 
 
 def _divisors(n: int) -> list[int]:
@@ -202,6 +238,16 @@ def meshes(strategy: Strategy, cluster: Cluster) -> np.ndarray:
             "or choose sizes whose product is the number of chips."
         )
     found = np.array(rows, dtype=np.int64)
+    if strategy.schedule.context_kind not in ("auto", CONTEXT_KINDS[0]):
+        found = found[found[:, AXES.index("context")] > 1]
+        if not len(found):
+            raise InputError(
+                f"context_kind = {strategy.schedule.context_kind!r}"
+                f"{strategy.where('context_kind')} is for sequences over several "
+                f"devices of `context`, and context = {strategy.mesh.get('context', 1)}"
+                f"{strategy.where('context')} on the {chips} chips of {cluster.name}; "
+                "leave context = 'auto' in [mesh], or drop context_kind."
+            )
     if not strategy.storage.params or strategy.storage.params == "auto":
         return found
     stored = [AXES.index(a) for a in strategy.storage.params]
@@ -263,6 +309,7 @@ def executable(strategy: Strategy) -> Strategy:
     Raises:
         InputError: It fixes something of that.
     """
+    strategy = _gathering(strategy)
     stages = strategy.mesh.get("stage", 1)
     if stages == 1 or strategy.schedule.pipeline == "none":
         return strategy
@@ -279,3 +326,18 @@ def executable(strategy: Strategy) -> Strategy:
             "schedule": strategy.schedule.model_copy(update=schedule),
         }
     ).placed(strategy.places)
+
+
+def _gathering(strategy: Strategy) -> Strategy:
+    """A strategy in which keys and values are gathered, if it leaves that open."""
+    kind, runs = strategy.schedule.context_kind, CONTEXT_KINDS[0]
+    if kind == runs:
+        return strategy
+    if kind != "auto":
+        raise InputError(
+            f"context_kind = {kind!r}{strategy.where('context_kind')} is fixed, and "
+            "such plans cannot be run yet; leave it 'auto', or search without "
+            "--executable (executable=True) to have such a plan priced."
+        )
+    schedule = strategy.schedule.model_copy(update={"context_kind": runs})
+    return strategy.model_copy(update={"schedule": schedule}).placed(strategy.places)

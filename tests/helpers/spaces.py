@@ -157,6 +157,12 @@ def rows_of(order: tuple[str, ...]) -> np.ndarray:
     return row[None]
 
 
+def _kinds(strategy: Strategy) -> tuple[Any, ...]:
+    """What attention may do with a sequence that is in parts."""
+    kind = strategy.schedule.context_kind
+    return ("all_gather", "ring", "ulysses", "usp") if kind == "auto" else (kind,)
+
+
 def written_out(
     strategy: Strategy, chips: Cluster, batch: int, remats: tuple[str, ...]
 ) -> Iterator[Strategy]:
@@ -181,18 +187,29 @@ def written_out(
     pieces = [c for c in range(1, batch + 1) if batch % c == 0 and cuts in ("auto", c)]
     if strategy.schedule.remat != "auto":
         remats = (strategy.schedule.remat,)
-    for row, cut, remat, axes, stored in itertools.product(
-        meshes, pieces, remats, list(_ruled(strategy)), list(_stored(strategy))
+    kinds = _kinds(strategy)
+    for row, cut, remat, axes, stored, kind in itertools.product(
+        meshes, pieces, remats, list(_ruled(strategy)), list(_stored(strategy)), kinds
     ):
         size = dict(zip(AXES, row, strict=True))
+        if kind != "all_gather" and size["context"] == 1:
+            continue  # there is nothing to go round
         for order in _ordered(strategy, size):
+            # Keys and values are kept in parts in the first order alone.
+            if kind != "all_gather" and order not in (
+                (),
+                tuple(sorted(order, key=AXES.index)),
+            ):
+                continue
             yield strategy.model_copy(
                 update={
                     "mesh": {axis: size[axis] for axis in mesh},
                     "order": order,
                     "rules": tuple(Rule(logical=k, axes=v) for k, v in axes.items()),
                     "storage": Storage(**dict(zip(STATES, stored, strict=True))),
-                    "schedule": Schedule(microbatches=cut, remat=remat),
+                    "schedule": Schedule(
+                        microbatches=cut, remat=remat, context_kind=kind
+                    ),
                 }
             )
 
@@ -219,6 +236,7 @@ def active(strategy: Strategy) -> tuple[Any, ...]:
         tuple(of(getattr(strategy.storage, s)) for s in STATES),
         strategy.schedule.microbatches,
         strategy.schedule.remat,
+        strategy.schedule.context_kind,
     )
 
 
@@ -274,13 +292,13 @@ class OneByOne:
         """
         known = {a: int(n) for a, n in strategy.mesh.items()} if sizes else None
         layout = Layout.of(without_idle(strategy), known)
-        remat = strategy.schedule.remat
-        key = str((layout, remat))
+        remat, kind = strategy.schedule.remat, strategy.schedule.context_kind
+        key = str((layout, remat, kind))
         if key not in self._pricers:
             sketch = self.sketches[remat]
             sharded = propagate(sketch.traced, sketch.classes, layout)
             work = analyse(sketch.traced, sketch.classes)
-            self._pricers[key] = Pricer(sharded, work)
+            self._pricers[key] = Pricer(sharded, work).with_context(kind)
         return self._pricers[key]
 
     def price(self, chips: Cluster) -> list[Priced]:
@@ -288,6 +306,8 @@ class OneByOne:
         found = []
         for one in written_out(self.strategy, chips, self.batch, tuple(self.sketches)):
             pricer = self.pricer(one)
+            if one.schedule.context_kind != "all_gather" and not pricer.context.passes:
+                continue  # no attention
             row = np.array([[one.mesh.get(a, 1) for a in AXES]], dtype=np.int64)
             cuts = np.array([one.schedule.microbatches], dtype=np.int64)
             if divisible(pricer, row, cuts, self.batch)[0]:

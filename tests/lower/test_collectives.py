@@ -81,6 +81,7 @@ def planned(plan):
             True,
             ("tensor", "fsdp", "data"),
         ),
+        ("fsdp-tp-cp", {"data": 1, "fsdp": 1, "context": 4, "tensor": 2}, True, ()),
     ],
 )
 def test_planned_collectives_are_the_emitted_ones(

@@ -81,6 +81,33 @@ def test_a_layer_in_training_sums_once_forward_and_once_backward():
     assert products == {"dot_general"}
 
 
+# -- context parallelism by gathers: Grattafiori et al. 2024, section 3.3.2 -------
+
+
+def test_keys_and_values_are_gathered_and_their_gradients_scattered():
+    """Queries keep their part of the sequence, forward and backward.
+
+    The products, by hand: scores take keys and the mix takes values whole, and the
+    backward pass takes the same copies. The gradients of keys and of values are sums
+    over queries, which are partial on each device. Scores and queries stay.
+    """
+
+    def loss(weights, x):
+        return (attention(weights, x) ** 2).mean()
+
+    args = [ATTENTION_WEIGHTS, ACTIVATIONS]
+    rules = {"batch": DATA, "seq": ("context",)}
+    moved = Counter(
+        (kind, "transpose" in where.split("/")[0], where.split()[1][:-1])
+        for kind, axes, where in collectives(shard(jax.grad(loss), args, rules))
+        if axes == "context" and ("bqhd,bkhd" in where or "bhqk,bkhd" in where)
+    )
+    assert moved == {
+        ("all_gather", False, "in"): 2,
+        ("reduce_scatter", True, "out"): 2,
+    }
+
+
 # -- sequence parallelism: Korthikanti et al. 2022, arXiv:2205.05198 -------------
 
 
