@@ -82,30 +82,42 @@ def floor_bytes(
     return pricer.apart(Meshes(cluster, sizes), cuts, floor)
 
 
-def rest_s(pricer: Pricer, cluster: Cluster, sizes: Sizes, cuts: Vector) -> Vector:
-    """Seconds of a step beside what storage moves, at least: a bound without it.
+def rest_s(
+    pricer: Pricer, cluster: Cluster, sizes: Sizes, cuts: Vector
+) -> tuple[Vector, Vector]:
+    """Seconds of a step at least, however state is stored.
 
     Args:
         pricer: Of one layout with the rules.
         cluster: Where candidates run.
         sizes: int64[candidate, axis] in the order of `AXES`.
         cuts: float64[candidate]; microbatches.
+
+    Returns:
+        A bound on all of a step; and one on what storage has no part in, to which what
+        it moves comes.
     """
 
-    def floor(pricer: Pricer, part: Meshes, cuts: Vector) -> Vector:
+    def floor(pricer: Pricer, part: Meshes, cuts: Vector) -> tuple[Vector, Vector]:
         rates = Rates.of(cluster, pricer.constants)
-        found, between = np.zeros(len(part)), np.zeros(len(part))
-        for time in pricer.compute.times(part, cuts, rates, state=False):
-            found += time.total_s
+        whole, rest, between, of_batch = np.zeros((4, len(part)))
+        for time in pricer.compute.times(part, cuts, rates, update=False):
+            whole += time.total_s
+            rest += time.least_s
         for index, move in enumerate(pricer.moves):
-            # What is not made of the batch is made of state.
-            of_batch = move.op != OUTPUT and pricer.work.batched[move.value]
-            if of_batch and index not in pricer.prefetched | pricer.trailing:
+            # Of state are also what the update moves and where its results go.
+            of_state = index in pricer.prefetched or index in pricer.trailing
+            of_state |= move.op == OUTPUT or pricer.work.update[move.op]
+            if not of_state and move.value not in pricer.work.gradients:
                 for _, time, _, _ in pricer.collective(index, part, cuts):
                     between += time
+                    if pricer.work.batched[move.value]:
+                        of_batch += time
         none = np.zeros(len(part))
         kind, constants = cluster.kind, pricer.constants
-        return found + exposed_s(kind, constants, none, none, none, between)
+        whole += exposed_s(kind, constants, none, none, none, between)
+        rest += exposed_s(kind, constants, none, none, none, of_batch)
+        return whole, rest
 
     return pricer.apart(Meshes(cluster, sizes), cuts, floor)
 
@@ -113,14 +125,14 @@ def rest_s(pricer: Pricer, cluster: Cluster, sizes: Sizes, cuts: Vector) -> Vect
 def stored_s(
     pricer: Pricer, cluster: Cluster, sizes: Sizes, cuts: Vector, rest: Vector
 ) -> Vector:
-    """The same with what this layout's storage moves, as far as it must show.
+    """Seconds of a step at least, with what this layout's storage moves.
 
     Args:
         pricer: Of the layout.
         cluster: As in `rest_s`.
         sizes: As in `rest_s`.
         cuts: As in `rest_s`.
-        rest: Seconds from `rest_s`.
+        rest: The second of `rest_s`.
     """
 
     def moved(pricer: Pricer, part: Meshes, cuts: Vector) -> tuple[Vector, Vector]:

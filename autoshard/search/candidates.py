@@ -405,6 +405,6 @@ def _floors(
     rest_s[fits] = floor_s[fits] = np.inf
     small = fits[floor_bytes[fits] <= bytes_]
     at = cluster, grid[small], cuts[small].astype(float)
-    rest_s[small] = floors.rest_s(pricer, *at)
-    floor_s[small] = floors.in_stages(pricer, *at, rest_s[small], pipelines)
+    whole_s, rest_s[small] = floors.rest_s(pricer, *at)
+    floor_s[small] = floors.in_stages(pricer, *at, whole_s, pipelines)
     return rest_s, floor_s, floor_bytes
