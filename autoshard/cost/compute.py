@@ -70,12 +70,15 @@ class KernelTime:
         arithmetic_s: Seconds of its product, zero where it has none.
         traffic_s: Seconds of its memory traffic.
         total_s: Seconds of both, as far as one does not hide the other.
+        least_s: No less than this of `total_s` is there whatever becomes of what is not
+            made of the batch: weights and gradients.
     """
 
     kernel: Kernel
     arithmetic_s: Vector
     traffic_s: Vector
     total_s: Vector
+    least_s: Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ class Compute:
         yield from found.values()
 
     def times(
-        self, meshes: Meshes, cuts: Vector, rates: Rates, state: bool = True
+        self, meshes: Meshes, cuts: Vector, rates: Rates, update: bool = True
     ) -> Iterator[KernelTime]:
         """Every kernel, and what all of its runs in a step take.
 
@@ -156,9 +159,7 @@ class Compute:
             meshes: The candidates.
             cuts: float64[candidate]; pieces the batch is cut into.
             rates: Of the chip.
-            state: Whether what kernels do with state counts. If not, those of the
-                optimizer are left out, and what others move that is not made of the
-                batch: weights, gradients and what becomes of them.
+            update: Whether those of the optimizer are among them.
 
         Raises:
             InputError: The chip has no peak for a dtype the program multiplies in.
@@ -167,7 +168,7 @@ class Compute:
         for kernel, share in self._shares(meshes):
             if kernel.kind == "copy" and meshes.cluster.kind != "tpu":
                 continue
-            if work.update[kernel.op] and not state:
+            if work.update[kernel.op] and not update:
                 continue
             moved = self._moved.get(id(kernel))
             if moved is None:
@@ -175,22 +176,21 @@ class Compute:
             repeats = share * work.runs[kernel.op]
             if not work.update[kernel.op]:
                 repeats = repeats * cuts
-            bytes_ = np.zeros(len(meshes))
+            bytes_, of_batch = np.zeros((2, len(meshes)))
             for part in moved:
-                if not (state or work.batched[part.value]):
-                    continue
                 size = self.local_bytes(part.value, part.axes, meshes, cuts)
                 passes = part.passes
                 if part.scratch and rates.scratch_bytes:
                     width = self.program.values[part.value].dtype.itemsize
                     passes += part.scratch * rates.scratch_bytes / width
                 bytes_ += size * passes
+                if work.batched[part.value]:
+                    of_batch += size * passes
             turned = kernel.kind == "copy"
             rate = rates.copy_bytes_per_s if turned else rates.hbm_bytes_per_s
             traffic = bytes_ / rate
-            written = self.program.values[moved[-1].value]
-            alone = kernel.kind == "loop" and kernel.ops == 1
-            if rates.window_s and alone and (state or work.batched[written.index]):
+            if rates.window_s and kernel.kind == "loop" and kernel.ops == 1:
+                written = self.program.values[moved[-1].value]
                 size = self.local_bytes(written.index, moved[-1].axes, meshes, cuts)
                 elements = size / written.dtype.itemsize
                 traffic += elements / rates.window_elements * rates.window_s
@@ -199,8 +199,13 @@ class Compute:
                 arithmetic = self._arithmetic(kernel.op, meshes, cuts, rates)
             total = np.maximum(arithmetic, traffic)
             total += rates.exposed * np.minimum(arithmetic, traffic)
+            least = np.maximum(arithmetic, of_batch / rate)
             yield KernelTime(
-                kernel, repeats * arithmetic, repeats * traffic, repeats * total
+                kernel,
+                repeats * arithmetic,
+                repeats * traffic,
+                repeats * total,
+                repeats * least,
             )
 
     def _arithmetic(

@@ -76,47 +76,60 @@ def floor_bytes(
     return pricer.apart(meshes, cuts, floor)
 
 
-def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Vector:
-    """Seconds of a step beside what storage moves, at least: a bound without it.
+def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector]:
+    """Seconds of a step at least, however state is stored.
 
     Args:
         pricer: Of one layout with the rules.
         meshes: The candidates; where their axes may lie anywhere, the bound is one of
             all orders.
         cuts: float64[candidate]; microbatches.
+
+    Returns:
+        A bound on all of a step; and one on what storage has no part in, to which what
+        it moves comes.
     """
 
-    def floor(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Vector:
+    def floor(
+        pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows
+    ) -> tuple[Vector, Vector]:
         rates = Rates.of(part.cluster, pricer.constants)
-        found, between = np.zeros(len(part)), np.zeros(len(part))
+        whole, rest, between, of_batch = np.zeros((4, len(part)))
         attention = [np.zeros(len(part)) for _ in pricer.context.passes]
-        for time in pricer.compute.times(part, cuts, rates, state=False):
-            found += time.total_s
+        for time in pricer.compute.times(part, cuts, rates, update=False):
+            whole += time.total_s
+            rest += time.least_s
             if time.kernel.op in pricer.context.of_op:
                 attention[pricer.context.of_op[time.kernel.op]] += time.total_s
         for each in pricer.context.transfers(part, cuts, attention)[0]:
-            found += each.shown_s
+            whole += each.shown_s
+            rest += each.shown_s
         for index, move in enumerate(pricer.moves):
-            # What is not made of the batch is made of state.
-            of_batch = move.op != OUTPUT and pricer.work.batched[move.value]
-            if of_batch and index not in pricer.prefetched | pricer.trailing:
+            # Of state are also what the update moves and where its results go.
+            of_state = index in pricer.prefetched or index in pricer.trailing
+            of_state |= move.op == OUTPUT or pricer.work.update[move.op]
+            if not of_state and move.value not in pricer.work.gradients:
                 for _, time, _, _ in pricer.collective(index, part, cuts):
                     between += time
+                    if pricer.work.batched[move.value]:
+                        of_batch += time
         none = np.zeros(len(part))
         kind, constants = part.cluster.kind, pricer.constants
-        return found + exposed_s(kind, constants, none, none, none, between)
+        whole += exposed_s(kind, constants, none, none, none, between)
+        rest += exposed_s(kind, constants, none, none, none, of_batch)
+        return whole, rest
 
     return pricer.apart(meshes, cuts, floor)
 
 
 def stored_s(pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector) -> Vector:
-    """The same with what this layout's storage moves, as far as it must show.
+    """Seconds of a step at least, with what this layout's storage moves.
 
     Args:
         pricer: Of the layout.
         meshes: As in `rest_s`.
         cuts: As in `rest_s`.
-        rest: Seconds from `rest_s`.
+        rest: The second of `rest_s`.
     """
 
     def moved(

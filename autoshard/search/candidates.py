@@ -455,6 +455,6 @@ def _floors(
     rest_s[fits] = floor_s[fits] = np.inf
     small = fits[floor_bytes[fits] <= bytes_]
     meshes, own = placing.meshes(grid[small]), cuts[small].astype(float)
-    rest_s[small] = floors.rest_s(pricer, meshes, own)
-    floor_s[small] = floors.in_stages(pricer, meshes, own, rest_s[small], pipelines)
+    whole_s, rest_s[small] = floors.rest_s(pricer, meshes, own)
+    floor_s[small] = floors.in_stages(pricer, meshes, own, whole_s, pipelines)
     return rest_s, floor_s, floor_bytes

@@ -52,9 +52,9 @@ def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
         for group in (first, *others):
             cuts = group.cuts.astype(np.float64)
             at = Placing.of(strategy, there, group.sizes).meshes(group.sizes), cuts
-            rest_s = floors.rest_s(first.pricer, *at)
+            whole_s, rest_s = floors.rest_s(first.pricer, *at)
             stored_s = floors.stored_s(group.pricer, *at, rest_s)
-            for whole in (rest_s, stored_s):
+            for whole in (whole_s, rest_s, stored_s):
                 floor_s = floors.in_stages(first.pricer, *at, whole, hows)
                 assert (floor_s <= group.step_s * (1 + 1e-12)).all(), group.strategy
             raised += int((stored_s > rest_s).sum())
