@@ -10,6 +10,7 @@ from helpers import small_programs, staged
 from helpers.spaces import OneByOne, fitting, floats, mlp_step, of_mesh, small_memory
 
 import autoshard as ash
+from autoshard.cost import floors
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.placement import Placements
 from autoshard.cost.price import MEMORY_HEADROOM
@@ -138,13 +139,16 @@ def test_no_order_is_faster_than_its_bound(seed, chips):
     places = Placements(there, sizes)
     pieces = cuts.astype(float)
     bound = structure.pricer.price(there, sizes, pieces, anywhere=places).least_s
-    floor_s = structure.pricer.floor_s(there, sizes, pieces, anywhere=places)
+    free = Meshes(there, sizes, anywhere=places)
+    whole_s, rest_s = floors.rest_s(structure.pricer, free, pieces)
+    stored_s = floors.stored_s(structure.pricer, free, pieces, rest_s)
     rng = np.random.default_rng(seed)
     for _ in range(30):
         orders = rng.permuted(np.tile(np.arange(len(AXES)), (len(sizes), 1)), axis=1)
         times = structure.pricer.price(there, sizes, pieces, orders=orders).step_s
         assert (bound <= times * (1 + 1e-12)).all()
-        assert (floor_s <= times * (1 + 1e-12)).all()
+        for floor_s in (whole_s, stored_s):
+            assert (floor_s <= times * (1 + 1e-12)).all()
 
 
 def test_a_bound_is_the_best_place_of_each_collective():
