@@ -11,6 +11,9 @@ CLIENTS_VENV := $(BUILD)/clients
 # second time on the newest Python and JAX.
 CORE_TESTS := tests/ir tests/rules tests/propagate tests/plan tests/models tests/lower
 
+# One process per core; what is slowest is named at the end.
+PARALLEL := -n auto --dist load --durations=15
+
 PLAN := $(BUILD)/llama3-8b.plan.json
 
 .DEFAULT_GOAL := help
@@ -72,11 +75,11 @@ demo: $(VENV)/.user | $(BUILD) ## plan Llama 3 8B for 64 H100s, then train a tin
 
 .PHONY: test
 test: $(VENV)/.test ## the tests and doctests that need no accelerator
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 .PHONY: core
 core: $(VENV)/.test ## the tests of the core layers only
-	$(BIN)/pytest $(CORE_TESTS)
+	$(BIN)/pytest $(PARALLEL) $(CORE_TESTS)
 
 .PHONY: clients
 clients: $(CLIENTS_VENV)/.clients ## plan and run programs that other people wrote
