@@ -19,6 +19,7 @@ CASES = [
     ("llama3-tiny", False, "zero2", 2, "full", {}),
     ("gpt2-tiny", True, "fsdp", 2, "full", {"data": 2, "fsdp": 4}),
     ("gpt2-tiny", False, "megatron-tp", 2, "full", {"data": 2, "tensor": 4}),
+    ("llama3-tiny", True, "redco", 2, "none", {"data": 4, "tensor": 2}),
     ("llama3-tiny", True, "megatron-sp", 1, "none", {"data": 1, "tensor": 8}),
     ("gpt2-tiny", True, "fsdp-tp", 4, "none", {"data": 2, "fsdp": 2, "tensor": 2}),
     (
