@@ -24,7 +24,7 @@ from autoshard.search import space
 from autoshard.search.candidates import Space
 
 OF_STAGES = ("cut", "slowest_share")
-# What is none of a candidate's costs: kernels, held by what they sum up to, and a bound.
+# No costs of a candidate: what its kernels sum up to is compared; a bound is none.
 APART = ("kernels", "least_s")
 PARTS = [
     f.name for f in dataclasses.fields(Prices) if f.name not in (*OF_STAGES, *APART)
