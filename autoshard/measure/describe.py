@@ -160,6 +160,7 @@ def _products(
                     run, flops = programs.matmul(devices, size, dtype)
                     rates.append(flops / seconds_of_one(run, effort, what))
             except (
+                # What JAX and its backends raise where a chip has no such product.
                 jax.errors.JaxRuntimeError,
                 NotImplementedError,
                 TypeError,

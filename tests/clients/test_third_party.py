@@ -40,6 +40,7 @@ OTHERS = tuple(name for name in clients() if name not in QUICK)
 def found(name: str, *words: str) -> dict:
     why = clients()[name].missing()
     if why:
+        # Some packages do not install beside every Python or JAX; the reason is shown.
         pytest.skip(why)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", SCRIPT, "--child", name, *words],

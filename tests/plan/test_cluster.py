@@ -75,6 +75,7 @@ def test_type_loads_under_its_own_name_with_a_source_for_each_figure(name):
     # Three of the chip, one peak at least, two of each link.
     assert len(found) >= 4 + 2 * len(chip.links)
     assert all(len(f.source) > 10 for f in found)
+    # A placeholder is no source, however long.
     assert not any("TODO" in f.source for f in found)
 
 
