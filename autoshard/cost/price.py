@@ -7,7 +7,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from autoshard.cost.moves import (
 from autoshard.cost.overlap import exposed_s, least_exposed_s
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.placement import Placements
+from autoshard.cost.prices import Alike, Prices
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
 from autoshard.cost.stages import (
@@ -38,7 +39,6 @@ from autoshard.cost.stages import (
     Cut,
     Kernels,
     Parts,
-    Table,
     cut,
     least_s,
     sent_s,
@@ -55,76 +55,6 @@ AHEAD, AFTER, BETWEEN = range(3)
 MEMORY_HEADROOM = 0.94
 """Share of memory that a program may use; the rest is runtime, communication buffers
 and fragmentation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Costs per candidate, each a float64 vector.
-
-    Attributes:
-        matmul_s: Seconds in matrix products.
-        other_s: Seconds in everything else a chip computes.
-        collective_s: Seconds in collectives, as far as computation does not hide them.
-        peak_bytes: Bytes per device at the peak.
-        hidden_s: Seconds in collectives beside computation.
-        bubble_s: Seconds in which the slowest stage of a pipeline waits for others.
-        sent_s: Seconds in transfers between stages, as far as they show.
-        cut: How they are cut into stages; None where they are not.
-        slowest_share: What the slowest stage has, by place: [place, candidate].
-        context_heads: Devices of `context` that share the heads of attention,
-            int64[candidate].
-        kernels: What a chip computes, all blocks on it; of several pipelines, which
-            have it in common, the first has it.
-        least_s: Seconds that a step takes at least, whatever the order of the axes;
-            None where it is not open.
-    """
-
-    matmul_s: Vector
-    other_s: Vector
-    collective_s: Vector
-    peak_bytes: Vector
-    hidden_s: Vector
-    context_heads: np.ndarray[Any, np.dtype[np.int64]]
-    bubble_s: Vector | float = 0.0
-    sent_s: Vector | float = 0.0
-    cut: Cut | None = None
-    slowest_share: Table | None = None
-    kernels: Kernels | None = None
-    least_s: Vector | None = None
-
-    @property
-    def step_s(self) -> Vector:
-        """Seconds per step."""
-        work = self.matmul_s + self.other_s + self.collective_s
-        return work + self.bubble_s + self.sent_s
-
-
-@dataclass(frozen=True, slots=True)
-class _Alike:
-    """Candidates that differ by the order of their axes alone.
-
-    Attributes:
-        first: The first of all that are alike, int64[base].
-        of: Which of these each candidate is like, int64[candidate].
-    """
-
-    first: Rows
-    of: Rows
-
-    @staticmethod
-    def of_same(same: Rows) -> _Alike:
-        _, first, of = np.unique(same, return_index=True, return_inverse=True)
-        return _Alike(first, of)
-
-    @staticmethod
-    def none(count: int) -> _Alike:
-        return _Alike(np.arange(count), np.arange(count))
-
-    def any(self, wanted: np.ndarray) -> np.ndarray:
-        """Of which some candidate is wanted, bool[base]."""
-        found = np.zeros(len(self.first), dtype=bool)
-        found[self.of[wanted]] = True
-        return found
 
 
 T = TypeVar("T")
@@ -225,7 +155,7 @@ class Pricer:
 
         def one(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Prices:
             found = taken(known, rows) if known else None
-            alike = None if same is None else _Alike.of_same(same[rows])
+            alike = None if same is None else Alike.of_same(same[rows])
             return pricer._price(part, cuts, limit_s, anywhere, found, alike)
 
         return self.apart(meshes, microbatches, one)
@@ -266,7 +196,7 @@ class Pricer:
             pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows
         ) -> list[Prices]:
             found = [taken(prices, rows) for prices in known]
-            alike = None if same is None else _Alike.of_same(same[rows])
+            alike = None if same is None else Alike.of_same(same[rows])
             return pricer._price_stages(
                 part, cuts, pipelines, limit_s, anywhere, found, alike
             )
@@ -323,9 +253,9 @@ class Pricer:
         limit_s: float,
         anywhere: Placements | None,
         known: Prices | None,
-        same: _Alike | None,
+        same: Alike | None,
     ) -> Prices:
-        same = same or _Alike.none(len(meshes))
+        same = same or Alike.none(len(meshes))
         base, cuts = meshes.take(same.first), microbatches[same.first]
         kernels = known.kernels if known else None
         kernels = kernels or taken(self._kernels(base, cuts), same.of)
@@ -357,9 +287,9 @@ class Pricer:
         limit_s: float,
         anywhere: Placements | None,
         known: Sequence[Prices],
-        same: _Alike | None,
+        same: Alike | None,
     ) -> list[Prices]:
-        same = same or _Alike.none(len(meshes))
+        same = same or Alike.none(len(meshes))
         base, cuts = meshes.take(same.first), microbatches[same.first]
         kernels = known[0].kernels if known else None
         kernels = kernels or taken(self._kernels(base, cuts), same.of)

@@ -251,10 +251,10 @@ def interrupting(monkeypatch, nth):
     """Ctrl-C comes while the nth structure is priced."""
     price, calls = Pricer.price, itertools.count(1)
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **options):
         if next(calls) == nth:
             raise KeyboardInterrupt
-        return price(self, *args)
+        return price(self, *args, **options)
 
     monkeypatch.setattr(Pricer, "price", interrupted)
 

@@ -13,7 +13,7 @@ from helpers.spaces import OneByOne, of_mesh, without_idle
 
 from autoshard.cost import Pricer, floors
 from autoshard.cost.collectives import Meshes
-from autoshard.cost.price import Prices
+from autoshard.cost.prices import Prices
 from autoshard.ir.errors import InfeasibleError
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import cluster
