@@ -178,3 +178,15 @@ def scattered(parts: Sequence[tuple[Rows, Any]], count: int) -> Any:
         }
         return replace(like, **found)
     return like
+
+
+def taken(whole: Any, rows: Rows | slice) -> Any:
+    """Some of the candidates of what `scattered` puts together."""
+    if isinstance(whole, np.ndarray):
+        return whole[..., rows]
+    if isinstance(whole, tuple | list):
+        return type(whole)(taken(part, rows) for part in whole)
+    if is_dataclass(whole) and not isinstance(whole, type):
+        found = {f.name: taken(getattr(whole, f.name), rows) for f in fields(whole)}
+        return replace(whole, **found)
+    return whole

@@ -6,7 +6,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from autoshard.cost.active import Moves, along
-from autoshard.cost.collectives import Meshes, Rows, Vector, scattered
+from autoshard.cost.collectives import Meshes, Rows, Vector, scattered, taken
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
 from autoshard.cost.liveness import Liveness
@@ -25,12 +25,24 @@ from autoshard.cost.moves import (
     steps_of,
     unique_moves,
 )
+from autoshard.cost.offload import Held, Offload, Phases, host_bytes, transfers_s
 from autoshard.cost.overlap import exposed_s
 from autoshard.cost.pipeline import Pipeline, bubble_share
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
-from autoshard.cost.stages import PLACES, STAGE, Cut, Parts, Table, cut, staged, waiting
+from autoshard.cost.stages import (
+    PLACES,
+    STAGE,
+    Cut,
+    Parts,
+    StagedTime,
+    Table,
+    cut,
+    staged,
+    waiting,
+)
 from autoshard.cost.work import Work
+from autoshard.ir.build import is_transposed
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import OUTPUT, Exchange, ShardedProgram
 
@@ -49,10 +61,15 @@ class Prices:
         collective_s: Seconds in collectives, as far as computation does not hide them.
         peak_bytes: Bytes per device at the peak.
         hidden_s: Seconds in collectives beside computation.
+        host_bytes: Bytes per device in the host's memory, of the stage with most.
         bubble_s: Seconds in which the slowest stage of a pipeline waits for others.
         sent_s: Seconds in transfers between stages, as far as they show.
         cut: How they are cut into stages; None where they are not.
         slowest_share: What the slowest stage has, by place: [place, candidate].
+        host_s: Seconds in transfers to and from the host, as far as they show.
+        offload: What is in the host's memory.
+        wanted: Candidates that were to be priced with it, bool[candidate]; the others
+            fit without. All of them where it is None.
     """
 
     matmul_s: Vector
@@ -60,16 +77,78 @@ class Prices:
     collective_s: Vector
     peak_bytes: Vector
     hidden_s: Vector
+    host_bytes: Vector
     bubble_s: Vector | float = 0.0
     sent_s: Vector | float = 0.0
     cut: Cut | None = None
     slowest_share: Table | None = None
+    host_s: Vector | float = 0.0
+    offload: Offload = ()
+    wanted: np.ndarray[Any, np.dtype[np.bool_]] | None = None
 
     @property
     def step_s(self) -> Vector:
         """Seconds per step."""
         work = self.matmul_s + self.other_s + self.collective_s
-        return work + self.bubble_s + self.sent_s
+        return work + self.bubble_s + self.sent_s + self.host_s
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What candidates are priced for.
+
+    Attributes:
+        pipelines: How stages may take turns; without any there is one stage.
+        offloads: What may be kept in the host's memory, tried in this order.
+        enough_bytes: With anything but the first of these only those are priced whose
+            peak is larger than this without: offloading only adds time.
+        limit_s: Seconds above which memory is not wanted; it is NaN there.
+    """
+
+    pipelines: Sequence[Pipeline] = ()
+    offloads: Sequence[Offload] = ((),)
+    enough_bytes: float = 0.0
+    limit_s: float = float("inf")
+
+
+def _of_one_stage(parts: Parts) -> Prices:
+    shown = parts.shown.sum(axis=0)
+    return Prices(
+        matmul_s=parts.matmul.sum(axis=0),
+        other_s=parts.other.sum(axis=0),
+        collective_s=shown,
+        peak_bytes=np.full(len(shown), np.nan),
+        hidden_s=parts.collective.sum(axis=0) - shown,
+        host_s=np.sum(parts.host, axis=0),
+        host_bytes=np.full(len(shown), np.nan),
+    )
+
+
+def _of_stages(time: StagedTime) -> Prices:
+    return Prices(
+        matmul_s=time.matmul,
+        other_s=time.other,
+        collective_s=time.shown,
+        peak_bytes=np.full(len(time.shown), np.nan),
+        hidden_s=time.hidden,
+        bubble_s=time.bubble,
+        sent_s=time.sent,
+        slowest_share=time.share,
+        host_s=time.host,
+        host_bytes=np.full(len(time.shown), np.nan),
+    )
+
+
+def _host_s(
+    parts: Parts, held: Mapping[str, Held], meshes: Meshes, cuts: Vector
+) -> tuple[Table, Table]:
+    """What shows of transfers to and from the host; of that, what is in the update."""
+    if not held:
+        return np.zeros_like(parts.matmul), np.zeros_like(parts.matmul)
+    forward, update = (t.sum(axis=0) for t in (parts.forward, parts.update))
+    backward = (parts.matmul + parts.other).sum(axis=0) - forward - update
+    phases = Phases(forward, backward, update)
+    return transfers_s(held, phases, meshes.cluster, cuts, meshes.product(STAGE))
 
 
 T = TypeVar("T")
@@ -109,6 +188,7 @@ class Pricer:
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
         limit_s: float = float("inf"),
+        offload: Offload = (),
     ) -> Prices:
         """Prices candidates of one stage.
 
@@ -117,19 +197,17 @@ class Pricer:
             sizes: int64[candidate, axis] in the order of `AXES`.
             microbatches: float64[candidate]; pieces the batch is cut into.
             limit_s: Seconds above which memory is not wanted; it is NaN there.
+            offload: What is kept in the host's memory.
 
         Returns:
             Costs per candidate.
 
         Raises:
-            InputError: The chip has no peak for a dtype the program multiplies in.
+            InputError: The chip has no peak for a dtype the program multiplies in, or
+                no figure of its host that offloading needs.
         """
-        meshes = Meshes(cluster, sizes)
-
-        def one(pricer: Pricer, part: Meshes, cuts: Vector) -> Prices:
-            return pricer._price(part, cuts, limit_s)
-
-        return self._apart(meshes, microbatches, one)
+        wish = Wish(offloads=(offload,), limit_s=limit_s)
+        return self.price_all(cluster, sizes, microbatches, wish)[0]
 
     def price_stages(
         self,
@@ -138,6 +216,7 @@ class Pricer:
         microbatches: Vector,
         pipelines: Sequence[Pipeline],
         limit_s: float = float("inf"),
+        offload: Offload = (),
     ) -> list[Prices]:
         """Prices candidates of several stages, once for each pipeline.
 
@@ -147,17 +226,38 @@ class Pricer:
             microbatches: As in `price`.
             pipelines: How stages take turns.
             limit_s: As in `price`.
+            offload: As in `price`.
 
         Returns:
             Costs per candidate, as in `price`, for each pipeline, with the cut; those
             of a candidate that cannot be cut so mean nothing.
         """
-        meshes = Meshes(cluster, sizes)
+        wish = Wish(pipelines, (offload,), limit_s=limit_s)
+        return self.price_all(cluster, sizes, microbatches, wish)
+
+    def price_all(
+        self,
+        cluster: Cluster,
+        sizes: np.ndarray[Any, np.dtype[np.int64]],
+        microbatches: Vector,
+        wish: Wish,
+    ) -> list[Prices]:
+        """Prices candidates for each of some pipelines and of what may be offloaded.
+
+        Args:
+            cluster: As in `price`.
+            sizes: As in `price`.
+            microbatches: As in `price`.
+            wish: For what.
+
+        Returns:
+            Costs per candidate; for each set of what is offloaded, for each pipeline.
+        """
 
         def each(pricer: Pricer, part: Meshes, cuts: Vector) -> list[Prices]:
-            return pricer._price_stages(part, cuts, pipelines, limit_s)
+            return pricer._price(part, cuts, wish)
 
-        return self._apart(meshes, microbatches, each)
+        return self._apart(Meshes(cluster, sizes), microbatches, each)
 
     def on(self, active: frozenset[str]) -> Pricer:
         """What prices meshes where only these axes have several devices.
@@ -194,90 +294,142 @@ class Pricer:
             parts.append((rows, price(pricer, meshes.take(rows), cuts[rows])))
         return scattered(parts, len(meshes))
 
-    def _price(self, meshes: Meshes, microbatches: Vector, limit_s: float) -> Prices:
-        parts = self.parts(meshes, microbatches)
-        matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
-        shown = parts.shown.sum(axis=0)
-        hidden = parts.collective.sum(axis=0) - shown
-        peak = np.full(len(meshes), np.nan)
-        at = np.flatnonzero(matmul + other + shown <= limit_s)
-        peak[at], _ = self.liveness.memory(meshes.take(at), microbatches[at])
-        return Prices(matmul, other, shown, peak, hidden)
-
-    def _price_stages(
-        self,
-        meshes: Meshes,
-        microbatches: Vector,
-        pipelines: Sequence[Pipeline],
-        limit_s: float,
-    ) -> list[Prices]:
-        parts = self.parts(meshes, microbatches)
-        segments, counts = self.work.segments, meshes.product(STAGE)
-        blocks = segments.blocks
-        sent = np.zeros(len(meshes))
-        for v in segments.sent:
-            axes = axes_of(self.sharded.specs[v])
-            sent += self.local_bytes(v, axes, meshes, microbatches)
-        shared = np.zeros(len(meshes))
-        for v in self._gradient_leaves():
-            if segments.of_value[v] == BOTH:
-                axes = axes_of(self.sharded.specs[v])
-                shared += self.local_bytes(v, axes, meshes, np.ones(1))
-        found = []
-        for pipeline in pipelines:
-            how = cut(pipeline, blocks, parts, counts, microbatches)
-            time = staged(
-                how, parts, meshes, microbatches, sent, shared, self.constants
-            )
-            found.append(
-                Prices(
-                    matmul_s=time.matmul,
-                    other_s=time.other,
-                    collective_s=time.shown,
-                    peak_bytes=np.full(len(meshes), np.nan),
-                    hidden_s=time.hidden,
-                    bubble_s=time.bubble,
-                    sent_s=time.sent,
-                    cut=how,
-                    slowest_share=time.share,
-                )
-            )
-        self._fill_peaks(meshes, microbatches, found, limit_s)
+    def _price(self, meshes: Meshes, cuts: Vector, wish: Wish) -> list[Prices]:
+        parts = self.parts(meshes, cuts)
+        hows: list[Cut | None] = [None]
+        if wish.pipelines:
+            blocks, counts = self.work.segments.blocks, meshes.product(STAGE)
+            hows = [cut(p, blocks, parts, counts, cuts) for p in wish.pipelines]
+        first, *others = wish.offloads
+        found = self._with_offloads(meshes, cuts, parts, hows, [first], wish.limit_s)
+        if not others:
+            return found
+        tight = [
+            ~(p.peak_bytes <= wish.enough_bytes) & (p.step_s <= wish.limit_s)
+            for p in found
+        ]
+        rows = np.flatnonzero(np.any(tight, axis=0))
+        some = self._with_offloads(
+            meshes.take(rows),
+            cuts[rows],
+            taken(parts, rows),
+            taken(hows, rows),
+            others,
+            wish.limit_s,
+        )
+        for k, prices in enumerate(some):
+            way = k % len(hows)
+            whole = scattered([(rows, replace(prices, cut=None))], len(meshes))
+            found.append(replace(whole, cut=hows[way], wanted=tight[way]))
         return found
 
-    def _fill_peaks(
-        self, meshes: Meshes, cuts: Vector, found: Sequence[Prices], limit_s: float
+    def _with_offloads(
+        self,
+        meshes: Meshes,
+        cuts: Vector,
+        parts: Parts,
+        hows: Sequence[Cut | None],
+        offloads: Sequence[Offload],
+        limit_s: float,
+    ) -> list[Prices]:
+        """Prices of candidates for each set of what is offloaded, for each cut."""
+        kinds = dict.fromkeys(kind for offload in offloads for kind in offload)
+        held = {kind: self.liveness.held(kind, meshes, cuts) for kind in kinds}
+        some: list[tuple[Table, Table]] = [
+            _host_s(parts, {kind: held[kind] for kind in offload}, meshes, cuts)
+            for offload in offloads
+        ]
+        # All sets are priced at once, as if they were so many more candidates.
+        rows = np.tile(np.arange(len(meshes)), len(offloads))
+        host, host_update = (np.concatenate(t, axis=1) for t in zip(*some, strict=True))
+        loaded = replace(taken(parts, rows), host=host, host_update=host_update)
+        every, pieces = meshes.take(rows), cuts[rows]
+        sent, shared = taken(self._sent_bytes(meshes, cuts), rows)
+        by_way = []
+        for how in hows:
+            prices = _of_one_stage(loaded)
+            if how is not None:
+                cut_alike = taken(how, rows)
+                time = staged(
+                    cut_alike, loaded, every, pieces, sent, shared, self.constants
+                )
+                prices = _of_stages(time)
+            by_way.append(prices)
+        found = [
+            replace(
+                taken(prices, slice(k * len(meshes), (k + 1) * len(meshes))),
+                cut=how,
+                offload=offload,
+            )
+            for k, offload in enumerate(offloads)
+            for how, prices in zip(hows, by_way, strict=True)
+        ]
+        self._fill_memory(meshes, cuts, found, held, offloads, limit_s)
+        return found
+
+    def _sent_bytes(self, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector]:
+        """What goes from block to block, and gradients that both ends have."""
+        sent, shared = np.zeros(len(meshes)), np.zeros(len(meshes))
+        segments, specs = self.work.segments, self.sharded.specs
+        for v in segments.sent:
+            sent += self.local_bytes(v, axes_of(specs[v]), meshes, cuts)
+        for v in self._gradient_leaves():
+            if segments.of_value[v] == BOTH:
+                shared += self.local_bytes(v, axes_of(specs[v]), meshes, np.ones(1))
+        return sent, shared
+
+    def _fill_memory(
+        self,
+        meshes: Meshes,
+        cuts: Vector,
+        found: Sequence[Prices],
+        held: Mapping[str, Held],
+        offloads: Sequence[Offload],
+        limit_s: float,
     ) -> None:
-        """Writes the peaks of all stages of all pipelines, found in one go."""
-        counts = meshes.product(STAGE)
-        places: list[tuple[Prices, np.ndarray]] = []
+        """Writes the peaks, those of all stages of all cuts found in one go."""
+        counts, ways = meshes.product(STAGE), len(found) // len(offloads)
+        places: list[tuple[int, np.ndarray]] = []
         shares, later = [], []
-        for prices in found:
-            how = prices.cut
-            assert how is not None
-            wanted = how.valid & (prices.step_s <= limit_s)
-            prices.peak_bytes[wanted] = 0.0
+        for way in range(ways):
+            how = found[way].cut
+            fast = [prices.step_s <= limit_s for prices in found[way::ways]]
+            wanted = np.any(fast, axis=0)
+            if how is None:
+                places.append((way, np.flatnonzero(wanted)))
+                continue
             for stage in how.stages:
-                at = np.flatnonzero(wanted & stage.exists)
-                places.append((prices, at))
+                at = np.flatnonzero(wanted & how.valid & stage.exists)
+                places.append((way, at))
                 shares.append(stage.share[:, at])
                 later.append(waiting(how, stage, counts, cuts)[at])
         rows = np.concatenate([at for _, at in places])
-        stages = meshes.take(rows)
-        peaks, _ = self.liveness.memory(
-            stages, cuts[rows], np.concatenate(shares, axis=1), np.concatenate(later)
+        share = np.concatenate(shares, axis=1) if shares else None
+        kept = np.concatenate(later) if later else None
+        there = {kind: taken(own, rows) for kind, own in held.items()}
+        peaks = self.liveness.peaks(
+            meshes.take(rows), cuts[rows], share, kept, there, offloads
         )
-        begin = 0
-        for prices, at in places:
-            own = peaks[begin : begin + len(at)]
-            prices.peak_bytes[at] = np.maximum(prices.peak_bytes[at], own)
-            begin += len(at)
+        hosts = host_bytes(there, share, kept)
+        for k, offload in enumerate(offloads):
+            on_host = sum((hosts[kind] for kind in offload), np.zeros(len(rows)))
+            begin = 0
+            for way, at in places:
+                own, prices = slice(begin, begin + len(at)), found[k * ways + way]
+                for whole, part in (
+                    (prices.peak_bytes, peaks[k][own]),
+                    (prices.host_bytes, on_host[own]),
+                ):
+                    whole[at] = np.fmax(whole[at], part)
+                begin += len(at)
 
     def parts(self, meshes: Meshes, microbatches: Vector) -> Parts:
         """Seconds of a step by what belongs together, all blocks on every chip."""
         cluster = meshes.cluster
         rates = Rates.of(cluster, self.constants)
-        matmul, other, update = self._compute_parts(meshes, microbatches, rates)
+        matmul, other, forward, update = self._compute_parts(
+            meshes, microbatches, rates
+        )
         ahead, after, between = (np.zeros((PLACES, len(meshes))) for _ in range(3))
         of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
         for index, move in enumerate(self.moves):
@@ -299,7 +451,8 @@ class Pricer:
         sums = (kind.sum(axis=0) for kind in (ahead, after, between))
         exposed = exposed_s(cluster.kind, self.constants, work, *sums)
         whole = np.maximum(collective.sum(axis=0), np.finfo(float).tiny)
-        return Parts(matmul, other, update, collective, collective / whole * exposed)
+        shown = collective / whole * exposed
+        return Parts(matmul, other, forward, update, collective, shown)
 
     def floor_s(
         self,
@@ -390,14 +543,14 @@ class Pricer:
         self, meshes: Meshes, cuts: Vector, rates: Rates
     ) -> tuple[Vector, Vector]:
         """Seconds in products, and in all else that a chip computes, at some rates."""
-        matmul, other, _ = self._compute_parts(meshes, cuts, rates)
+        matmul, other, _, _ = self._compute_parts(meshes, cuts, rates)
         return matmul.sum(axis=0), other.sum(axis=0)
 
     def _compute_parts(
         self, meshes: Meshes, cuts: Vector, rates: Rates
-    ) -> tuple[Table, Table, Table]:
-        """The same by what belongs together, and the update's part of both."""
-        matmul, other, update = (np.zeros((PLACES, len(meshes))) for _ in range(3))
+    ) -> tuple[Table, Table, Table, Table]:
+        """The same by what belongs together; of both, forward pass and update."""
+        matmul, other, forward, update = np.zeros((4, PLACES, len(meshes)))
         places = self.work.segments
         for time in self.compute.times(meshes, cuts, rates):
             place = places.of_op[time.kernel.op]
@@ -405,6 +558,8 @@ class Pricer:
             of_kind[place] += time.total_s
             if self.work.update[time.kernel.op]:
                 update[place] += time.total_s
+            elif not is_transposed(self.program.ops[time.kernel.op]):
+                forward[place] += time.total_s
         # Microbatches: read the sum, read the new gradient, write the sum.
         for value in self._gradient_leaves():
             size = self.local_bytes(
@@ -414,7 +569,7 @@ class Pricer:
             moved = moved * self.work.alike[value]
             place = places.of_value[value]
             other[place] += np.where(cuts > 1, cuts * moved, 0.0)
-        return matmul, other, update
+        return matmul, other, forward, update
 
     def _gradient_leaves(self) -> list[int]:
         return [

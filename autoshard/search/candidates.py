@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from autoshard.cost import Pricer
+from autoshard.cost import Pricer, Wish
 from autoshard.cost.collectives import Meshes
+from autoshard.cost.offload import Offload, Offloading
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
@@ -29,6 +30,7 @@ from autoshard.propagate import propagate
 from autoshard.search import space
 from autoshard.search.alike import distinct, felt, state_dims
 from autoshard.search.divisible import batch_divides, divisible
+from autoshard.search.offloads import least_s, offloads
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.reading import Sketch, fixed_sizes
 
@@ -42,6 +44,8 @@ class Watch:
     Attributes:
         step_s: Seconds a step; may be lowered between two structures.
         bytes_: Of a chip's memory.
+        enough_bytes: Candidates that need no more are not tried with anything
+            offloaded, which would only make them slower.
         visited: Structures looked at.
         alike: Candidates that are what another structure is: where the two differ, the
             mesh has one device.
@@ -52,6 +56,7 @@ class Watch:
 
     step_s: float = float("inf")
     bytes_: float = float("inf")
+    enough_bytes: float = 0.0
     visited: int = 0
     alike: int = 0
     pruned: int = 0
@@ -69,6 +74,7 @@ class Space:
     strategy: Strategy
 
     def __post_init__(self) -> None:
+        self._said: set[str] = set()
         self._sketches: dict[str, Sketch | None] = {}
         self._pricers: dict[Any, Pricer] = {}
         self._state_dims: dict[Any, frozenset[tuple[str, ...]]] = {}
@@ -170,6 +176,23 @@ class Space:
             return ()
         return space.pipelines(strategy)
 
+    def offloads(
+        self, strategy: Strategy, cluster: Cluster, sketch: Sketch
+    ) -> tuple[Offload, ...]:
+        """What may be offloaded; see `search.offloads`."""
+        shallow = sketch.shallow
+        program = Offloading(shallow.traced, shallow.work)
+        found = offloads(strategy, cluster, program)
+        missing = cluster.host_lacks
+        if strategy.schedule.offload == "auto" and missing and cluster.kind != "cpu":
+            self._say(f"offload left out: {cluster.type_name} has no figure {missing}")
+        return found
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.log(text)
+
     def candidates(
         self, strategy: Strategy, cluster: Cluster
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -258,7 +281,7 @@ class Space:
             watch.pruned += int((new & (floor_s > watch.step_s)).sum())
             if not here.any():
                 continue
-            parts = []
+            parts, sets = [], self.offloads(strategy, cluster, sketch)
             for pricer, rows in self._parts(
                 structure, sketch, grid, np.flatnonzero(here)
             ):
@@ -266,16 +289,24 @@ class Space:
                 watch.indivisible += int((~fits).sum())
                 rows = rows[fits]
                 if bounded:
-                    held = pricer.liveness.held_bytes(Meshes(cluster, grid[rows]))
-                    if hows:  # the fullest stage has no less than the average one
-                        held = held / grid[rows, STAGE]
-                    small = held <= watch.bytes_
-                    watch.too_large += int((~small).sum())
-                    rows = rows[small]
+                    stages = grid[rows, STAGE] if hows else np.ones(len(rows), int)
+                    meshes = Meshes(cluster, grid[rows])
+                    bound_s = least_s(
+                        pricer, meshes, floor_s[rows], sets, stages, watch.bytes_
+                    )
+                    fits, fast = np.isfinite(bound_s), bound_s <= watch.step_s
+                    watch.too_large += int((~fits).sum())
+                    watch.pruned += int((fits & ~fast).sum())
+                    rows = rows[fits & fast]
                 parts.append((pricer, grid[rows], cuts[rows]))
-            limit_s = watch.step_s if bounded else float("inf")
             propagated = partial(self._pricer, structure, sketch)
-            found, left = price(propagated, structure, cluster, parts, hows, limit_s)
+            wish = Wish(
+                hows,
+                sets,
+                watch.enough_bytes,
+                watch.step_s if bounded else float("inf"),
+            )
+            found, left = price(propagated, structure, cluster, parts, wish)
             watch.indivisible += left.uncut
             watch.pruned += left.slower
             yield found

@@ -117,7 +117,9 @@ def explore(
     assert plain is not None
     shallow = plain.shallow
     floor_s = fastest_s(shallow.traced.program, shallow.classes, shallow.work, cluster)
-    watch = Watch(bytes_=capacity)
+    # The front of all plans has those with something offloaded that need not have it.
+    enough_bytes = 0.0 if best is None else capacity
+    watch = Watch(bytes_=capacity, enough_bytes=enough_bytes)
     groups: list[Candidates] = []
     bests: list[float] = []
     why, tried = "", 0

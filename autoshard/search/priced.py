@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from autoshard.cost import Pricer, Prices
+from autoshard.cost import Pricer, Prices, Wish
+from autoshard.cost.offload import Offload, host_room_bytes
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import Cut
 from autoshard.ir.mesh import AXES
@@ -29,7 +30,11 @@ class Candidates:
         sizes: Mesh sizes, int64[candidate, axis].
         cuts: Microbatches, int64[candidate].
         step_s: Seconds a step, float64[candidate].
-        peak_bytes: Per chip, float64[candidate].
+        peak_bytes: Per chip, float64[candidate]; infinite where what is offloaded does
+            not fit in the host's memory.
+        offloads: What is in the host's memory, of those that were tried.
+        offload: Which of them a candidate has, int64[candidate].
+        host_bytes: Bytes per chip there, float64[candidate].
         staged: Cuts into stages, each of so many candidates, which come last: those
             before them have one stage. `(cut, candidates of it)`.
     """
@@ -40,6 +45,9 @@ class Candidates:
     cuts: np.ndarray
     step_s: np.ndarray
     peak_bytes: np.ndarray
+    offloads: tuple[Offload, ...]
+    offload: np.ndarray
+    host_bytes: np.ndarray
     staged: tuple[tuple[Cut, np.ndarray], ...] = ()
 
     @property
@@ -82,6 +90,7 @@ class Candidates:
         how, blocks = staging or (Pipeline(), ())
         schedule |= {"pipeline": how.schedule, "virtual": how.virtual}
         schedule |= {"vocab": how.vocab, "blocks": blocks}
+        schedule |= {"offload": self.offloads[self.offload[k]]}
         return self.strategy.model_copy(
             update={
                 "mesh": {axis: sizes[axis] for axis in self.strategy.mesh},
@@ -103,6 +112,8 @@ class Candidates:
             return self.cuts == value
         if key == "remat":
             return np.full(len(self.sizes), self.remat == value)
+        if key == "offload":
+            return np.array([some == value for some in self.offloads])[self.offload]
         if key in ("pipeline", "virtual", "vocab"):
             field = "schedule" if key == "pipeline" else key
             return np.array(
@@ -125,8 +136,8 @@ class Candidates:
     def identity(self, k: int) -> Any:
         """What makes a candidate a truly different plan.
 
-        Axes of one device do nothing, and another number of microbatches alone is not
-        another plan.
+        Axes of one device do nothing, and another number of microbatches, or something
+        else in the host's memory, is not by itself another plan.
         """
         sizes = self.mesh(k)
 
@@ -162,8 +173,7 @@ def price(
     structure: Strategy,
     cluster: Cluster,
     parts: Sequence[tuple[Pricer, np.ndarray, np.ndarray]],
-    pipelines: Sequence[Pipeline],
-    limit_s: float,
+    wish: Wish,
 ) -> tuple[Candidates, Left]:
     """Prices candidates: those of one stage, then those of several.
 
@@ -173,42 +183,44 @@ def price(
         cluster: Where.
         parts: What prices some candidates, their mesh sizes, int64[candidate, axis],
             and their microbatches, int64[candidate].
-        pipelines: How the stages of those that have several may take turns; without
-            any, `stage` is an axis like any other.
-        limit_s: Slower ones are not wanted.
+        wish: For what; without any pipelines, `stage` is an axis like any other.
 
     Returns:
         The candidates, and how many others were left out.
     """
-    left = Left()
-    nothing = np.zeros(0)
-    found = [(np.zeros((0, len(AXES)), int), np.zeros(0, int), nothing, nothing)]
+    left, limit_s = Left(), wish.limit_s
+    nothing, none = np.zeros(0), np.zeros(0, int)
+    found = [(np.zeros((0, len(AXES)), int), none, nothing, nothing, none, nothing)]
+    room = host_room_bytes(cluster) if any(wish.offloads) else 0.0
 
     def take(rows: np.ndarray, counts: np.ndarray, prices: Prices) -> np.ndarray:
         valid = prices.cut.valid if prices.cut else np.ones(len(rows), dtype=bool)
+        first = prices.offload == wish.offloads[0]
+        left.uncut += int((~valid).sum()) * first
+        valid = valid if prices.wanted is None else valid & prices.wanted
         at = np.flatnonzero(valid & (prices.step_s <= limit_s))
-        left.uncut += int((~valid).sum())
         left.slower += int(valid.sum()) - len(at)
-        found.append((rows[at], counts[at], prices.step_s[at], prices.peak_bytes[at]))
+        host = prices.host_bytes[at]
+        peaks = np.where(host <= room, prices.peak_bytes[at], np.inf)
+        which = np.full(len(at), wish.offloads.index(prices.offload))
+        found.append((rows[at], counts[at], prices.step_s[at], peaks, which, host))
         return at
 
-    for by, sizes, cuts in parts:
-        plain = (sizes[:, STAGE] == 1) | (not pipelines)
-        if plain.any():
-            rows, counts = sizes[plain], cuts[plain]
-            take(rows, counts, by.price(cluster, rows, counts.astype(float), limit_s))
     staged = []
-    for by, sizes, cuts in parts:
-        several = sizes[:, STAGE] > 1
-        if several.any() and pipelines:
-            rows, counts = sizes[several], cuts[several]
-            for prices in by.price_stages(
-                cluster, rows, counts.astype(float), pipelines, limit_s
-            ):
-                assert prices.cut is not None
-                staged.append((prices.cut, take(rows, counts, prices)))
+    for several in (False, True):
+        for by, sizes, cuts in parts:
+            # Without pipelines all candidates are of one stage.
+            mine = ((sizes[:, STAGE] > 1) & bool(wish.pipelines)) == several
+            if not mine.any():
+                continue
+            rows, counts = sizes[mine], cuts[mine]
+            own = wish if several else replace(wish, pipelines=())
+            for prices in by.price_all(cluster, rows, counts.astype(float), own):
+                at = take(rows, counts, prices)
+                if prices.cut is not None:
+                    staged.append((prices.cut, at))
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    kept, pieces, times, peaks = columns
+    kept, pieces, times, peaks, which, hosts = columns
     candidates = Candidates(
         strategy=structure,
         propagated=propagated,
@@ -216,6 +228,9 @@ def price(
         cuts=pieces,
         step_s=times,
         peak_bytes=peaks,
+        offloads=tuple(wish.offloads),
+        offload=which,
+        host_bytes=hosts,
         staged=tuple(staged),
     )
     return candidates, left

@@ -15,7 +15,7 @@ from autoshard.ir.errors import AutoshardError, InfeasibleError
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.files import load_strategy
 from autoshard.plan.strategy import Strategy
-from autoshard.search.candidates import Space
+from autoshard.search.candidates import Space, Watch
 from autoshard.search.divisible import what_fails
 from autoshard.search.explore import Explored
 from autoshard.search.pinning import fixed_fields, opened
@@ -66,8 +66,9 @@ def _smallest(explored: Explored) -> tuple[Candidates, int]:
 def _fastest(space: Space, strategy: Strategy, cluster: Cluster) -> float | None:
     """Seconds a step of the best that fits, None if nothing does."""
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM
+    watch = Watch(enough_bytes=capacity)
     try:
-        groups = space.price(strategy, cluster)
+        groups = list(space.priced(strategy, cluster, watch=watch))
     except AutoshardError:
         return None
     times = [
@@ -189,7 +190,8 @@ def conflicts(
             return set()
         return {tuple(row) for row in rows.tolist()}
 
-    for group in space.priced(opened(strategy, fixed), cluster, keep=strategy):
+    watch, auto = Watch(enough_bytes=capacity), opened(strategy, fixed)
+    for group in space.priced(auto, cluster, keep=strategy, watch=watch):
         fits = group.peak_bytes <= capacity
         if not fits.any():
             continue
@@ -223,7 +225,7 @@ def conflicts(
 
 
 def _text(value: Any) -> str:
-    return str(value if isinstance(value, int | str) else list(value))
+    return str(value if isinstance(value, int | str) else list(value) or "none")
 
 
 def _more_chips(
