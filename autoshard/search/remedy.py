@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from autoshard.cost.offload import host_room_bytes
 from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import AutoshardError, InfeasibleError
 from autoshard.plan.cluster import Cluster
@@ -61,6 +62,11 @@ def _smallest(explored: Explored) -> tuple[Candidates, int]:
     groups = [g for g in explored.groups if len(g.peak_bytes)]
     group = min(groups, key=lambda g: float(g.peak_bytes.min()))
     return group, int(np.argmin(group.peak_bytes))
+
+
+def _least_on_host(explored: Explored) -> float:
+    """Bytes in the host's memory, of the candidate that needs the least there."""
+    return min(float(g.host_bytes.min()) for g in explored.groups if len(g.host_bytes))
 
 
 def _fastest(space: Space, strategy: Strategy, cluster: Cluster) -> float | None:
@@ -130,12 +136,20 @@ def explain_no_fit(
         refused or [(float(group.peak_bytes[k]), group.filled(k))],
         key=lambda found: found[0],
     )
+    if np.isinf(least):
+        held, room = _least_on_host(explored), host_room_bytes(cluster)
+        return (
+            f"no plan of strategy {strategy.name!r} fits {cluster.name}: what it "
+            f"offloads needs {_gib(held)} or more of what a chip has in the host's "
+            f"memory, of which {_gib(room)} can be used. Offload less, take "
+            "offload = 'auto', more chips, or storage over more axes."
+        )
     mesh = " x ".join(f"{a}={n}" for a, n in smallest.mesh.items() if n != 1)
     lines = [
         f"no plan of strategy {strategy.name!r} fits {cluster.name}: the smallest "
         f"({mesh or 'one chip'}, {smallest.schedule.microbatches} microbatches, remat "
-        f"{smallest.schedule.remat}) needs {_gib(least)} a chip, {_gib(capacity)} can "
-        f"be used, {_gib(least - capacity)} are missing."
+        f"{smallest.schedule.remat}{_offloaded(smallest)}) needs {_gib(least)} a chip, "
+        f"{_gib(capacity)} can be used, {_gib(least - capacity)} are missing."
     ]
     if explored.left:
         lines.append(
@@ -224,8 +238,13 @@ def conflicts(
     return texts, changes
 
 
+def _offloaded(strategy: Strategy) -> str:
+    kinds = strategy.schedule.offload
+    return f", {' and '.join(kinds)} offloaded" if kinds else ""
+
+
 def _text(value: Any) -> str:
-    return str(value if isinstance(value, int | str) else list(value) or "none")
+    return str(value if isinstance(value, int | str) else list(value))
 
 
 def _more_chips(
