@@ -168,13 +168,14 @@ class Offloading:
     def _parameter(self) -> dict[int, str]:
         """The parameter that an argument is, or that optimizer state is of, by path."""
         names = [
-            info.path.removeprefix("params/")
+            info.path.removeprefix("params").removeprefix("/")
             for _, info in self.inputs
             if info.state == "params"
         ]
         found: dict[int, str] = {}
         for v, info in self.inputs:
-            ends = [name for name in names if f"/{info.path}".endswith(f"/{name}")]
+            # A model may be one array, which has no name.
+            ends = [n for n in names if not n or f"/{info.path}".endswith(f"/{n}")]
             if ends and info.state in ("params", "optimizer"):
                 found[v] = max(ends, key=len)
         return found

@@ -16,6 +16,7 @@ from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy, plan_from_json, plan_to_json
+from autoshard.plan.strategy import Schedule, Storage, Strategy
 from autoshard.search.pinning import with_pins
 from autoshard.search.solver import Solver
 
@@ -102,8 +103,18 @@ STEP, BATCH = make_step("llama3-tiny", scan=True), abstract_batch()
 CHIPS = cluster("h100:8")
 
 
+SMALL = Strategy(
+    name="small",
+    about="",
+    mesh={"data": "auto", "fsdp": "auto"},
+    rules={"batch": ["data", "fsdp"]},
+    storage=Storage(params=("fsdp",), gradients=("fsdp",), optimizer="auto"),
+    schedule=Schedule(microbatches="auto", remat="auto", offload="auto"),
+)
+
+
 def pinned(chips=CHIPS, step=STEP, batch=BATCH, **pins):
-    return Solver(step, (batch,), chips, with_pins(load_strategy("auto"), pins))
+    return Solver(step, (batch,), chips, with_pins(SMALL, pins))
 
 
 def test_what_fits_is_not_offloaded():
@@ -114,9 +125,14 @@ def test_what_fits_is_not_offloaded():
 
 
 def test_what_does_not_fit_is_offloaded_and_written_down():
-    [whole] = pinned(stage=1).plans()
-    fixed = {"stage": 1, "data": 8, "fsdp": 1, "tensor": 1, "context": 1}
-    fixed |= {"storage.optimizer": "none", "remat": "none", "microbatches": 1}
+    [whole] = pinned().plans()
+    fixed = {
+        "data": 8,
+        "fsdp": 1,
+        "storage.params": "none",
+        "storage.optimizer": "none",
+    }
+    fixed |= {"storage.gradients": "none", "remat": "none", "microbatches": 1}
     [held] = pinned(**fixed, offload="none").plans()
     tight = small_memory(CHIPS, 0.9 * held.predicted.memory.total / MEMORY_HEADROOM)
     with pytest.raises(InfeasibleError, match=r"offload = 'auto' \(.* s a step\)"):
@@ -135,7 +151,7 @@ def test_what_does_not_fit_is_offloaded_and_written_down():
 
 
 def test_what_cannot_be_run_is_refused_and_left_out():
-    [plan] = pinned(offload="optimizer", stage=1).plans()
+    [plan] = pinned(offload="optimizer").plans()
     assert plan.not_executable == ("optimizer in the host's memory",)
     with pytest.raises(InputError, match=r"optimizer in the host's.*--executable"):
         ash.parallelize(STEP, plan)
@@ -150,8 +166,7 @@ def test_what_cannot_be_run_is_refused_and_left_out():
 def test_a_chip_without_figures_cannot_offload():
     v5e = cluster("v5e:2x4")
     said = []
-    strategy = load_strategy("auto")
-    found = Solver(STEP, (BATCH,), v5e, strategy, log=said.append)
+    found = Solver(STEP, (BATCH,), v5e, SMALL, log=said.append)
     assert found.plans()[0].strategy.schedule.offload == ()
     assert said.count("offload left out: v5e has no figure host.bytes_per_s") == 1
     with pytest.raises(
@@ -160,34 +175,50 @@ def test_a_chip_without_figures_cannot_offload():
         pinned(v5e, offload="params").plans()
 
 
+UNROLLED = make_step("llama3-tiny", scan=False)
+PLAIN = ash.train_step(
+    lambda w, x: ((x @ w) ** 2).mean(),
+    optax.sgd(0.1),
+    model=lambda key: np.ones((16, 8), np.float32),
+)
+
+
 @pytest.mark.parametrize(
-    ("step", "kind", "said"),
+    ("step", "batch", "kind", "said"),
     [
-        (scanned_mlp(4), "activations", None),
-        (make_step("llama3-tiny", scan=False), "activations", "no loop over blocks"),
-        (
-            ash.train_step(
-                lambda w, x: ((x @ w) ** 2).mean(),
-                optax.sgd(0.1),
-                model=lambda key: np.ones((16, 8), np.float32),
-            ),
-            "optimizer",
-            "no optimizer state",
-        ),
+        (UNROLLED, BATCH, "activations", "no loop over blocks"),
+        (PLAIN, floats(32, 16), "optimizer", "no optimizer state"),
     ],
 )
-def test_what_a_program_does_not_have_is_not_offloaded(step, kind, said):
-    batch = BATCH if "llama" in str(step) else floats(32, 16)
-    ask = pinned(step=step, batch=batch, offload=kind, stage=1)
-    if said is None:
-        assert ask.plans()[0].strategy.schedule.offload == (kind,)
-        return
+def test_what_a_program_does_not_have_is_not_offloaded(step, batch, kind, said):
     with pytest.raises(InputError, match=rf"offload = \['{kind}'\].*{said}"):
-        ask.plans()
+        pinned(step=step, batch=batch, offload=kind).plans()
+
+
+def test_blocks_in_a_loop_can_offload_what_they_keep():
+    step, batch = scanned_mlp(4), floats(32, 16)
+    [plan] = pinned(step=step, batch=batch, offload="activations", remat="full").plans()
+    assert plan.strategy.schedule.offload == ("activations",)
+    # Four blocks keep their inputs, of 16 float32 each, whatever the microbatches.
+    rows = 32 / 8 / plan.microbatches
+    assert plan.predicted.memory.host.activations == 4 * rows * 16 * 4
+
+
+def test_auto_searches_what_to_offload():
+    assert load_strategy("auto").schedule.offload == "auto"
+
+
+def test_a_state_is_named_once():
+    with pytest.raises(InputError, match=r"offload = .*names a state twice; keep one"):
+        with_pins(SMALL, {"offload": "params+params"})
+    assert with_pins(SMALL, {"offload": "params+optimizer"}).schedule.offload == (
+        "optimizer",
+        "params",
+    )
 
 
 def test_the_host_s_memory_is_a_limit():
-    pins = {"offload": "params+optimizer", "stage": 1, "data": 8}
+    pins = {"offload": "params+optimizer", "data": 8}
     [plan] = pinned(**pins).plans()
     total = plan.predicted.memory.host.total
     # Nine tenths of the host's memory may be used.
