@@ -72,17 +72,14 @@ def _least_on_host(explored: Explored) -> float:
 def _fastest(space: Space, strategy: Strategy, cluster: Cluster) -> float | None:
     """Seconds a step of the best that fits, None if nothing does."""
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM
-    watch = Watch(enough_bytes=capacity)
+    watch = Watch(bytes_=capacity, enough_bytes=capacity)
     try:
-        groups = list(space.priced(strategy, cluster, watch=watch))
+        for group in space.priced(strategy, cluster, watch=watch, bounded=True):
+            fitting = group.step_s[group.peak_bytes <= capacity]
+            watch.step_s = min(watch.step_s, float(fitting.min(initial=np.inf)))
     except AutoshardError:
         return None
-    times = [
-        float(g.step_s[fits].min())
-        for g in groups
-        if (fits := g.peak_bytes <= capacity).any()
-    ]
-    return min(times, default=None)
+    return watch.step_s if np.isfinite(watch.step_s) else None
 
 
 def _grown(cluster: Cluster, factor: int) -> Cluster | None:

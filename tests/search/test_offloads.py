@@ -125,7 +125,6 @@ def test_what_fits_is_not_offloaded():
 
 
 def test_what_does_not_fit_is_offloaded_and_written_down():
-    [whole] = pinned().plans()
     fixed = {
         "data": 8,
         "fsdp": 1,
@@ -145,13 +144,13 @@ def test_what_does_not_fit_is_offloaded_and_written_down():
     kinds = ("params", "optimizer", "activations")
     assert all((getattr(host, kind) > 0) == (kind in kept) for kind in kinds)
     assert plan.predicted.host_s > 0
-    assert plan.predicted.step_s > held.predicted.step_s >= whole.predicted.step_s
+    assert plan.predicted.step_s > held.predicted.step_s
     assert plan.certificate.gap <= 1e-9
     assert plan_from_json(plan_to_json(plan)) == plan
 
 
 def test_what_cannot_be_run_is_refused_and_left_out():
-    [plan] = pinned(offload="optimizer").plans()
+    [plan] = pinned(offload="optimizer", data=8, remat="none").plans()
     assert plan.not_executable == ("optimizer in the host's memory",)
     with pytest.raises(InputError, match=r"optimizer in the host's.*--executable"):
         ash.parallelize(STEP, plan)
@@ -218,7 +217,7 @@ def test_a_state_is_named_once():
 
 
 def test_the_host_s_memory_is_a_limit():
-    pins = {"offload": "params+optimizer", "data": 8}
+    pins = {"offload": "params+optimizer", "data": 8, "storage.optimizer": "none"}
     [plan] = pinned(**pins).plans()
     total = plan.predicted.memory.host.total
     # Nine tenths of the host's memory may be used.
