@@ -145,7 +145,8 @@ Executable = Annotated[
     bool,
     typer.Option(
         "--executable",
-        help="Leave out what is priced but cannot be run yet: pipeline stages.",
+        help="Leave out what is priced but cannot be run yet: pipeline stages "
+        "and offloading.",
     ),
 ]
 

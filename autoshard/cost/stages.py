@@ -40,11 +40,13 @@ class Kernels:
     Attributes:
         matmul: In matrix products.
         other: In everything else.
+        forward: Of both, in the forward pass.
         update: Of both, in the optimizer.
     """
 
     matmul: Table
     other: Table
+    forward: Table
     update: Table
 
 
@@ -60,6 +62,8 @@ class Parts:
         update: As in `Kernels`.
         collective: In collectives, hidden or not.
         shown: Of these, what computation does not hide.
+        host: In transfers to and from the host, as far as they show.
+        host_update: Of these, in the optimizer.
     """
 
     matmul: Table
@@ -67,6 +71,8 @@ class Parts:
     update: Table
     collective: Table
     shown: Table
+    host: Table | float = 0.0
+    host_update: Table | float = 0.0
 
     @property
     def busy(self) -> Table:
@@ -188,6 +194,7 @@ class StagedTime:
         hidden: In its collectives beside computation.
         bubble: Waiting for the pipeline to fill and drain.
         sent: In transfers between stages, as far as they show.
+        host: In its transfers to and from the host, as far as they show.
         share: By place, what the slowest stage has: [place, candidate].
     """
 
@@ -197,6 +204,7 @@ class StagedTime:
     hidden: Vector
     bubble: Vector
     sent: Vector
+    host: Vector
     share: Table
 
 
@@ -233,7 +241,7 @@ def staged(
         return np.take_along_axis(np.array(total(table)), slowest[None], axis=0)[0]
 
     # The update comes after the pipeline has drained.
-    each = parts.busy - parts.update
+    each = parts.busy - parts.update - parts.host_update
     share = np.where(pipeline.vocab == "spread", 1.0, 2.0)
     whole = each.sum(axis=0) + (share - 1) * each[BOTH] + (counts - 1) * each[ALL]
     longest = np.array(total(each)).max(axis=0)
@@ -248,6 +256,7 @@ def staged(
         hidden=of_slowest(parts.collective - parts.shown),
         bubble=bubble,
         sent=sent,
+        host=of_slowest(parts.host + np.zeros_like(parts.matmul)),
         share=np.take_along_axis(
             np.array([stage.share for stage in how.stages]), slowest[None, None], axis=0
         )[0],

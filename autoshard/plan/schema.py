@@ -18,6 +18,7 @@ from autoshard.plan.base import PlanSpec, Record
 from autoshard.plan.predicted import Certificate as Certificate
 from autoshard.plan.predicted import Collective as Collective
 from autoshard.plan.predicted import Estimate as Estimate
+from autoshard.plan.predicted import HostTable as HostTable
 from autoshard.plan.predicted import MemoryTable as MemoryTable
 from autoshard.plan.records import (
     Annotations,
@@ -218,8 +219,12 @@ class Plan(Record):
     @property
     def not_executable(self) -> tuple[str, ...]:
         """What of the plan is priced but cannot be run yet, in words."""
-        piped = self.strategy.schedule.pipeline != "none"
-        return (f"{self.sizes['stage']} pipeline stages",) if piped else ()
+        schedule, found = self.strategy.schedule, []
+        if schedule.pipeline != "none":
+            found.append(f"{self.sizes['stage']} pipeline stages")
+        if schedule.offload:
+            found.append(f"{' and '.join(schedule.offload)} in the host's memory")
+        return tuple(found)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, whole or not at all; see `plan.files.save_plan`.

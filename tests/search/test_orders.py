@@ -10,6 +10,7 @@ from helpers import small_programs, staged
 from helpers.spaces import OneByOne, fitting, floats, mlp_step, of_mesh, small_memory
 
 import autoshard as ash
+from autoshard.cost import floors
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.placement import Placements
 from autoshard.cost.price import MEMORY_HEADROOM
@@ -138,7 +139,8 @@ def test_no_order_is_faster_than_its_bound(seed, chips):
     places = Placements(there, sizes)
     pieces = cuts.astype(float)
     bound = structure.pricer.price(there, sizes, pieces, anywhere=places).least_s
-    floor_s = structure.pricer.floor_s(there, sizes, pieces, anywhere=places)
+    free = Meshes(there, sizes, anywhere=places)
+    floor_s = floors.rest_s(structure.pricer, free, pieces)
     rng = np.random.default_rng(seed)
     for _ in range(30):
         orders = rng.permuted(np.tile(np.arange(len(AXES)), (len(sizes), 1)), axis=1)
