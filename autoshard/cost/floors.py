@@ -66,7 +66,8 @@ def floor_bytes(
         counts = part.product(STAGE)
         if not pipelines or (counts == 1).all():
             return peak(alive)
-        each = np.maximum(peak(of_blocks), np.finfo(float).tiny)
+        # Small enough to be nothing, and large enough to have an inverse that adds up.
+        each = np.maximum(peak(of_blocks), 1e-9)
         found = np.full(len(part), np.inf)
         for how in pipelines:
             first, second, last = (

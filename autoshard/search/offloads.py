@@ -68,7 +68,7 @@ def least_s(
     step_s: np.ndarray,
     rest_s: np.ndarray,
     floor_bytes: np.ndarray,
-    limit_bytes: float,
+    limit_bytes: float | np.ndarray,
 ) -> np.ndarray:
     """Seconds a step takes at least, as it has to fit; infinite if it cannot.
 
