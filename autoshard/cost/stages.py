@@ -81,8 +81,8 @@ class Parts:
 
     @property
     def busy(self) -> Table:
-        """Seconds in which a chip computes or waits for collectives."""
-        return self.matmul + self.other + self.shown
+        """Seconds in which a chip computes, or waits for collectives or the host."""
+        return self.matmul + self.other + self.shown + self.host
 
 
 @dataclass(frozen=True, slots=True)

@@ -441,7 +441,7 @@ def test_links_to_the_host_are_those_published():
         assert cluster(f"{name}:8").chip.host.bytes_per_s.value == 16 * lane
     # 55.63 of 64 GB/s are reached.
     assert cluster("h100:8").host_bytes_per_s == pytest.approx(55.63e9, rel=1e-3)
-    # 2 TB for the eight chips of a DGX.
+    # 2 TB for the eight chips of a node.
     assert 8 * cluster("h100:8").host_memory_bytes == 2e12
 
 
