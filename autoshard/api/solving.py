@@ -53,7 +53,7 @@ def solver(
             compute whole; each use is listed in the plan.
         model_ref: Recorded in the plan, so that the command line can run it.
         executable: Leave out what is priced but cannot be run yet: pipeline stages,
-            and attention by a ring or by heads.
+            attention by a ring or by heads, what is kept in the host's memory.
         time_limit_s: Seconds after which no more candidates are begun with. What was
             found until then, or until Ctrl-C, is returned; its certificate says how far
             from the best it may be.

@@ -145,8 +145,8 @@ Executable = Annotated[
     bool,
     typer.Option(
         "--executable",
-        help="Leave out what is priced but cannot be run yet: pipeline stages, and "
-        "attention by a ring or by heads.",
+        help="Leave out what is priced but cannot be run yet: pipeline stages, "
+        "attention by a ring or by heads, and offloading.",
     ),
 ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from autoshard.cost.estimate import estimate, fastest_s, model_flops, tokens_per_step
-from autoshard.cost.price import Pricer, Prices
+from autoshard.cost.price import Pricer
+from autoshard.cost.prices import Prices, Wish
 
 __all__ = [
     "Pricer",
     "Prices",
+    "Wish",
     "estimate",
     "fastest_s",
     "model_flops",

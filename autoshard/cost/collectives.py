@@ -220,7 +220,7 @@ class Meshes:
         return self.anywhere.rows(self.sizes)
 
 
-def taken(found: Any, rows: Rows) -> Any:
+def taken(found: Any, rows: Rows | slice) -> Any:
     """What was found for some of the candidates: `scattered` the other way round.
 
     >>> taken((np.arange(4), "same"), np.array([2]))

@@ -9,8 +9,10 @@ import numpy as np
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.compute import product_dtype
 from autoshard.cost.constants import Constants
+from autoshard.cost.offload import Offload, host_bytes, host_room_bytes
 from autoshard.cost.pipeline import Pipeline
-from autoshard.cost.price import MEMORY_HEADROOM, Pricer, Prices
+from autoshard.cost.price import MEMORY_HEADROOM, Pricer
+from autoshard.cost.prices import Prices
 from autoshard.cost.rates import Rates
 from autoshard.cost.stages import STAGE, waiting
 from autoshard.cost.work import Work
@@ -18,8 +20,9 @@ from autoshard.ir.mesh import AXES, arranged
 from autoshard.ir.program import Program
 from autoshard.ir.trace import Traced
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.schema import Collective, Estimate, MemoryTable
+from autoshard.plan.schema import Collective, Estimate, HostTable, MemoryTable
 from autoshard.plan.sharded import OUTPUT, DimClasses
+from autoshard.plan.strategy import OFFLOADABLE
 
 
 def model_flops(work: Work, classes: DimClasses) -> float:
@@ -86,6 +89,7 @@ def estimate(
     pipeline: Pipeline | None = None,
     microbatches: int = 1,
     order: tuple[str, ...] = (),
+    offload: Offload = (),
 ) -> Estimate:
     """Prices one plan in full.
 
@@ -100,6 +104,7 @@ def estimate(
         pipeline: How stages take turns, where there are several.
         microbatches: Of a step, where the program is traced without them.
         order: Of the axes, as in `Strategy`.
+        offload: What is kept in the host's memory.
 
     Returns:
         The estimate. Of a pipeline times and memory are those of the slowest stage and
@@ -112,11 +117,15 @@ def estimate(
     whole, pricer = (whole or pricer).on(active), pricer.on(active)
     counted_s = None
     if pipeline:
-        (prices,) = pricer.price_stages(cluster, row, cuts, [pipeline], orders=orders)
-        memory = _fullest(pricer, prices, meshes, cuts)
+        (prices,) = pricer.price_stages(
+            cluster, row, cuts, [pipeline], orders=orders, offload=offload
+        )
+        memory, hosts = _fullest(pricer, prices, meshes, cuts)
     else:
-        prices = pricer.price(cluster, row, cuts, orders=orders)
-        _, memory = pricer.liveness.memory(meshes, cuts)
+        prices = pricer.price(cluster, row, cuts, orders=orders, offload=offload)
+        held = {kind: pricer.liveness.held(kind, meshes, cuts) for kind in offload}
+        _, memory = pricer.liveness.memory(meshes, cuts, held=held)
+        hosts = host_bytes(held)
         if Rates.counted(cluster):
             counted = pricer.compute_s(meshes, cuts, Rates.compiler(cluster))
             counted_s = float(sum(part[0] for part in counted))
@@ -132,6 +141,7 @@ def estimate(
         collective_s=float(prices.collective_s[0]),
         bubble_s=float(np.sum(prices.bubble_s)),
         transfer_s=float(np.sum(prices.sent_s)),
+        host_s=float(np.sum(prices.host_s)),
         hidden_s=float(prices.hidden_s[0]),
         counted_compute_s=counted_s,
         model_flops=flops,
@@ -147,6 +157,7 @@ def estimate(
             other=held.get("other", 0) + held.get("data", 0),
             total=total,
             capacity=round(cluster.hbm_bytes * MEMORY_HEADROOM),
+            host=_on_host(hosts, cluster) if offload else None,
         ),
         collectives=tuple(_collectives(whole, meshes, cuts, prices)),
     )
@@ -154,17 +165,34 @@ def estimate(
 
 def _fullest(
     pricer: Pricer, prices: Prices, meshes: Meshes, cuts: Vector
-) -> dict[str, Vector]:
-    """Memory of the stage that needs the most, by kind."""
+) -> tuple[dict[str, Vector], dict[str, Vector]]:
+    """Memory of the stage that needs the most of a chip, and of the host, by kind."""
     assert prices.cut is not None
-    tables = []
+    tables, hosts = [], []
+    held = {k: pricer.liveness.held(k, meshes, cuts) for k in prices.offload}
     for stage in prices.cut.stages:
         if stage.exists[0]:
             how, counts = prices.cut.pipeline, meshes.product(STAGE)
             later = waiting(how, stage.at, counts, cuts)
-            peak, table = pricer.liveness.memory(meshes, cuts, stage.share, later)
+            chips = (meshes, cuts, stage.share, later, held)
+            peak, table = pricer.liveness.memory(*chips)
             tables.append((float(peak[0]), table))
-    return max(tables, key=lambda pair: pair[0])[1]
+            host = host_bytes(held, stage.share, later)
+            hosts.append((float(sum(v[0] for v in host.values())), host))
+    return max(tables, key=_first)[1], max(hosts, key=_first)[1]
+
+
+def _first(pair: tuple[float, dict[str, Vector]]) -> float:
+    return pair[0]
+
+
+def _on_host(held: dict[str, Vector], cluster: Cluster) -> HostTable:
+    sizes = {
+        kind: round(float(held[kind][0])) if kind in held else 0 for kind in OFFLOADABLE
+    }
+    return HostTable(
+        **sizes, total=sum(sizes.values()), capacity=round(host_room_bytes(cluster))
+    )
 
 
 def _collectives(

@@ -25,6 +25,8 @@ def floor_bytes(
     meshes: Meshes,
     cuts: Vector,
     pipelines: Sequence[Pipeline] = (),
+    *,
+    offloaded: bool = False,
 ) -> Vector:
     """Bytes of a chip that a step needs at least, however state is stored.
 
@@ -38,6 +40,7 @@ def floor_bytes(
             all orders.
         cuts: float64[candidate]; microbatches.
         pipelines: How stages may take turns, where there are several.
+        offloaded: Whether what is kept for the backward pass is in the host's memory.
     """
 
     def floor(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Vector:
@@ -46,6 +49,8 @@ def floor_bytes(
         stash = np.zeros(len(part))
         live = pricer.liveness
         for buffer, size, within in live.activations(part, cuts):
+            if offloaded and live.is_stash(buffer):
+                continue
             for table in (alive, of_blocks) if within else (alive,):
                 table[buffer.begin] += size
                 table[buffer.end + 1] -= size
@@ -61,7 +66,8 @@ def floor_bytes(
         counts = part.product(STAGE)
         if not pipelines or (counts == 1).all():
             return peak(alive)
-        each = np.maximum(peak(of_blocks), np.finfo(float).tiny)
+        # Small enough to be nothing, and large enough to have an inverse that adds up.
+        each = np.maximum(peak(of_blocks), 1e-9)
         found = np.full(len(part), np.inf)
         for how in pipelines:
             first, second, last = (

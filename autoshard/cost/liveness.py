@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.moves import axes_of, key_of, places_of
+from autoshard.cost.offload import (
+    HELD_PIECES,
+    UPDATED_PIECES,
+    Held,
+    Offload,
+    Offloading,
+)
 from autoshard.cost.segments import BLOCK
 from autoshard.cost.tiles import filled
 from autoshard.cost.work import Work
@@ -28,6 +36,7 @@ _SPLIT_BELOW = 128 * 128 * 128
 by 128 for each of the 108 (A100) to 148 (B200) cores."""
 
 KINDS = ("gradients", "activations")
+_STASH = "kept for the backward pass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,7 @@ class Liveness:
         self.moves = moves
         self.program = sharded.traced.program
         self._local_bytes = local_bytes
+        self.offloading = Offloading(sharded.traced, work)
 
     def state_bytes(
         self, meshes: Meshes, share: Share | None = None
@@ -115,9 +125,19 @@ class Liveness:
             table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
         return table
 
-    def held_bytes(self, meshes: Meshes) -> Vector:
-        """Bytes of all arguments on one device: the peak is not below them."""
-        return sum(self.state_bytes(meshes).values(), np.zeros(len(meshes)))
+    def held(self, kind: str, meshes: Meshes, cuts: Vector) -> Held:
+        """What of a kind can be offloaded, see `plan.strategy.OFFLOADABLE`."""
+        tiles: dict[_Key, Vector | float] = {}
+        sizes: dict[int, Vector] = {}
+        if kind == "activations":
+            for buffer in self.buffers:
+                if self.is_stash(buffer) and buffer.value not in sizes:
+                    size = self._size(buffer, meshes, cuts, tiles)
+                    sizes[buffer.value] = size
+        else:
+            for v in self.offloading.leaves(kind):
+                sizes[v] = self._whole(v, self.sharded.specs[v], meshes, tiles)
+        return self.offloading.held(sizes, len(meshes))
 
     def memory(
         self,
@@ -125,6 +145,7 @@ class Liveness:
         cuts: Vector,
         share: Share | None = None,
         waiting: Vector | None = None,
+        held: Mapping[str, Held] = MappingProxyType({}),
     ) -> tuple[Vector, dict[str, Vector]]:
         """Peak bytes per device, and what is alive at the peak, by kind.
 
@@ -138,31 +159,18 @@ class Liveness:
                 `segments`, float64[place, candidate]; everything where it is None.
             waiting: Microbatches beyond the current one whose activations are kept for
                 their backward pass.
+            held: What is in the host's memory, by kind, but for the pieces of it that
+                are in use or on their way.
         """
-        count = len(self.program.ops) + 2
-        deltas = {kind: np.zeros((count, len(meshes))) for kind in KINDS}
-        tiles: dict[_Key, Vector | float] = {}
-
-        def live(kind: str, size: Vector, begin: int, end: int) -> None:
-            deltas[kind][begin] += size
-            deltas[kind][end + 1] -= size
-
-        stash = np.zeros(len(meshes))
-        for buffer in self.buffers:
-            if buffer.only in ("", meshes.cluster.kind):
-                size = self._size(buffer, meshes, cuts, tiles) * buffer.alike
-                size = (
-                    size if share is None else size * share[self._place[buffer.value]]
-                )
-                if waiting is not None and self.is_stash(buffer):
-                    stash += size * waiting
-                live(buffer.kind, size, buffer.begin, buffer.end)
-        for value in self._gradient_leaves:
-            size = self._whole(value, self.sharded.specs[value], meshes, tiles)
-            size = size * self.work.alike[value]
-            size = size if share is None else size * share[self._place[value]]
-            live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
-        deltas["activations"][0] += stash
+        deltas = self._deltas(meshes, cuts, share, waiting)
+        stash = deltas.pop(_STASH)
+        if "activations" not in held:
+            deltas["activations"] += stash
+        for kind, own in held.items():
+            delta = deltas.setdefault(kind, np.zeros_like(stash))
+            for pieces, begin, end in self._windows(kind):
+                delta[begin] += pieces * own.piece(share)
+                delta[end] -= pieces * own.piece(share)
         totals = {kind: np.cumsum(delta, axis=0) for kind, delta in deltas.items()}
         whole = np.asarray(sum(totals.values()))
         whole[sorted(self.work.amid)] = 0.0
@@ -171,6 +179,104 @@ class Liveness:
         table = self.state_bytes(meshes, share)
         table.update({kind: total[at, columns] for kind, total in totals.items()})
         return np.asarray(sum(table.values())), table
+
+    def peaks(
+        self,
+        meshes: Meshes,
+        cuts: Vector,
+        share: Share | None,
+        waiting: Vector | None,
+        held: Mapping[str, Held],
+        offloads: Sequence[Offload],
+    ) -> list[Vector]:
+        """The peaks of `memory` with several sets of what is offloaded.
+
+        Between two of the positions at which some piece comes or goes, what is
+        offloaded adds the same everywhere; so the peaks of these stretches are enough.
+
+        Args:
+            meshes: As in `memory`.
+            cuts: As in `memory`.
+            share: As in `memory`.
+            waiting: As in `memory`.
+            held: What can be offloaded, by kind.
+            offloads: The sets.
+        """
+        deltas = self._deltas(meshes, cuts, share, waiting)
+        windows = {kind: list(self._windows(kind)) for kind in held}
+        turns = {at for own in windows.values() for _, *ends in own for at in ends}
+        begins = sorted({0, *turns} - {len(deltas[_STASH])})
+        stash = np.cumsum(deltas.pop(_STASH), axis=0)
+        rest = np.cumsum(sum(deltas.values()), axis=0)
+        amid = sorted(self.work.amid)
+
+        def highest(whole: np.ndarray) -> np.ndarray:
+            whole[amid] = 0.0
+            return np.maximum.reduceat(whole, begins, axis=0)
+
+        stretches = {False: highest(rest + stash)}
+        if any("activations" in offload for offload in offloads):
+            stretches[True] = highest(rest)
+        states = self.state_bytes(meshes, share)
+        found = []
+        for offload in offloads:
+            peaks = stretches["activations" in offload].copy()
+            for kind in offload:
+                for pieces, begin, end in windows[kind]:
+                    inside = [begin <= at < end for at in begins]
+                    peaks[inside] += pieces * held[kind].piece(share)
+            own = sum(size for kind, size in states.items() if kind not in offload)
+            found.append(peaks.max(axis=0) + own)
+        return found
+
+    def _deltas(
+        self,
+        meshes: Meshes,
+        cuts: Vector,
+        share: Share | None,
+        waiting: Vector | None,
+    ) -> dict[str, np.ndarray]:
+        """By kind, by how much more is alive at each position than at the one before.
+
+        What is kept for the backward pass is a kind of its own.
+        """
+        count = len(self.program.ops) + 2
+        deltas = {kind: np.zeros((count, len(meshes))) for kind in (*KINDS, _STASH)}
+        tiles: dict[_Key, Vector | float] = {}
+
+        def live(kind: str, size: Vector, begin: int, end: int) -> None:
+            deltas[kind][begin] += size
+            deltas[kind][end + 1] -= size
+
+        for buffer in self.buffers:
+            if buffer.only in ("", meshes.cluster.kind):
+                size = self._size(buffer, meshes, cuts, tiles) * buffer.alike
+                size = (
+                    size if share is None else size * share[self._place[buffer.value]]
+                )
+                kept = self.is_stash(buffer)
+                if waiting is not None and kept:
+                    deltas[_STASH][0] += size * waiting
+                live(_STASH if kept else buffer.kind, size, buffer.begin, buffer.end)
+        for value in self._gradient_leaves:
+            size = self._whole(value, self.sharded.specs[value], meshes, tiles)
+            size = size * self.work.alike[value]
+            size = size if share is None else size * share[self._place[value]]
+            live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
+        return deltas
+
+    def _windows(self, kind: str) -> Iterator[tuple[int, int, int]]:
+        """How many pieces of what is offloaded are there, from when, and until when."""
+        if kind == "activations":
+            lives = [(b.begin, b.end) for b in self.buffers if self.is_stash(b)]
+            yield HELD_PIECES, min(b for b, _ in lives), max(e for _, e in lives) + 1
+            return
+        ops, at = self.program.ops, self.work.at
+        updates = [at[op.index] for op in ops if self.work.update[op.index]]
+        begin = min(updates, default=len(ops))
+        if kind == "params":
+            yield HELD_PIECES, 0, begin
+        yield UPDATED_PIECES, begin, len(ops) + 1
 
     def activations(
         self, meshes: Meshes, cuts: Vector

@@ -6,7 +6,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -27,10 +27,11 @@ from autoshard.cost.moves import (
     steps_of,
     unique_moves,
 )
+from autoshard.cost.offload import Held, Offload, Phases, host_bytes, transfers_s
 from autoshard.cost.overlap import exposed_s, least_exposed_s
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.placement import Placements
-from autoshard.cost.prices import Alike, Prices
+from autoshard.cost.prices import Alike, Prices, Wish, of_one_stage, of_stages
 from autoshard.cost.rates import Rates
 from autoshard.cost.segments import BOTH
 from autoshard.cost.stages import (
@@ -39,6 +40,7 @@ from autoshard.cost.stages import (
     Cut,
     Kernels,
     Parts,
+    Table,
     cut,
     least_s,
     sent_s,
@@ -46,6 +48,7 @@ from autoshard.cost.stages import (
     waiting,
 )
 from autoshard.cost.work import Work
+from autoshard.ir.build import is_transposed
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import OUTPUT, Exchange, ShardedProgram
 
@@ -58,6 +61,23 @@ and fragmentation."""
 
 
 T = TypeVar("T")
+
+
+def _host_s(
+    kernels: Kernels,
+    held: Mapping[str, Held],
+    offload: Offload,
+    meshes: Meshes,
+    cuts: Vector,
+) -> tuple[Table, Table]:
+    """What shows of transfers to and from the host; of that, what is in the update."""
+    if not offload:
+        return np.zeros_like(kernels.matmul), np.zeros_like(kernels.matmul)
+    forward, update = (t.sum(axis=0) for t in (kernels.forward, kernels.update))
+    backward = (kernels.matmul + kernels.other).sum(axis=0) - forward - update
+    phases = Phases(forward, backward, update)
+    own = {kind: held[kind] for kind in offload}
+    return transfers_s(own, phases, meshes.cluster, cuts, meshes.product(STAGE))
 
 
 class Pricer:
@@ -127,8 +147,7 @@ class Pricer:
         limit_s: float = float("inf"),
         orders: Rows | None = None,
         anywhere: Placements | None = None,
-        known: Prices | None = None,
-        same: Rows | None = None,
+        offload: Offload = (),
     ) -> Prices:
         """Prices candidates of one stage.
 
@@ -136,29 +155,20 @@ class Pricer:
             cluster: Where they run.
             sizes: int64[candidate, axis] in the order of `AXES`.
             microbatches: float64[candidate]; pieces the batch is cut into.
-            limit_s: Seconds above which memory is not wanted; it is NaN there.
+            limit_s: As in `Wish`.
             orders: int64[candidate, place], see `Meshes`.
-            anywhere: Where axes may lie in other orders: then `least_s` is a bound over
-                all of them.
-            known: Of the same candidates in another order. Their kernels and memory are
-                the same, and not found again.
-            same: int64[candidate]; those with the same number differ by their order
-                alone. What these have in common is found once.
+            anywhere: As in `Wish`.
+            offload: What is kept in the host's memory.
 
         Returns:
             Costs per candidate.
 
         Raises:
-            InputError: The chip has no peak for a dtype the program multiplies in.
+            InputError: The chip has no peak for a dtype the program multiplies in, or
+                no figure of its host that offloading needs.
         """
-        meshes = Meshes(cluster, sizes, orders)
-
-        def one(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Prices:
-            found = taken(known, rows) if known else None
-            alike = None if same is None else Alike.of_same(same[rows])
-            return pricer._price(part, cuts, limit_s, anywhere, found, alike)
-
-        return self.apart(meshes, microbatches, one)
+        wish = Wish((), (offload,), limit_s, anywhere)
+        return self.price_all(cluster, sizes, microbatches, wish, orders)[0]
 
     def price_stages(
         self,
@@ -169,8 +179,7 @@ class Pricer:
         limit_s: float = float("inf"),
         orders: Rows | None = None,
         anywhere: Placements | None = None,
-        known: Sequence[Prices] = (),
-        same: Rows | None = None,
+        offload: Offload = (),
     ) -> list[Prices]:
         """Prices candidates of several stages, once for each pipeline.
 
@@ -179,27 +188,54 @@ class Pricer:
             sizes: As in `price`.
             microbatches: As in `price`.
             pipelines: How stages take turns.
-            limit_s: As in `price`.
+            limit_s: As in `Wish`.
             orders: As in `price`.
-            anywhere: As in `price`.
-            known: As in `price`, for each pipeline; the cut is the same too.
-            same: As in `price`.
+            anywhere: As in `Wish`.
+            offload: As in `price`.
 
         Returns:
             Costs per candidate, as in `price`, for each pipeline, with the cut; those
-            of a candidate that cannot be cut so mean nothing. In all orders it is cut
-            as is balanced in the order of `AXES`.
+            of a candidate that cannot be cut so mean nothing. In all orders, and
+            whatever is offloaded, it is cut as is balanced in the order of `AXES` with
+            all on the chip.
+        """
+        wish = Wish(pipelines, (offload,), limit_s, anywhere)
+        return self.price_all(cluster, sizes, microbatches, wish, orders)
+
+    def price_all(
+        self,
+        cluster: Cluster,
+        sizes: np.ndarray[Any, np.dtype[np.int64]],
+        microbatches: Vector,
+        wish: Wish,
+        orders: Rows | None = None,
+        known: Sequence[Prices] = (),
+        same: Rows | None = None,
+    ) -> list[Prices]:
+        """Prices candidates for each set of what may be offloaded and each pipeline.
+
+        Args:
+            cluster: As in `price`.
+            sizes: As in `price`.
+            microbatches: As in `price`.
+            wish: For what.
+            orders: As in `price`.
+            known: Of the same candidates, for each pipeline, in another order or with
+                something else offloaded. Their kernels and their cut are the same, and
+                not found again.
+            same: int64[candidate]; those with the same number differ by their order
+                alone. What these have in common is found once.
+
+        Returns:
+            Costs per candidate; for each set of what is offloaded, for each pipeline.
         """
         meshes = Meshes(cluster, sizes, orders)
 
         def each(
             pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows
         ) -> list[Prices]:
-            found = [taken(prices, rows) for prices in known]
-            alike = None if same is None else Alike.of_same(same[rows])
-            return pricer._price_stages(
-                part, cuts, pipelines, limit_s, anywhere, found, alike
-            )
+            alike = Alike.none(len(rows)) if same is None else Alike.of_same(same[rows])
+            return pricer._price(part, cuts, wish, taken(known, rows), alike)
 
         return self.apart(meshes, microbatches, each)
 
@@ -249,131 +285,137 @@ class Pricer:
     def _price(
         self,
         meshes: Meshes,
-        microbatches: Vector,
-        limit_s: float,
-        anywhere: Placements | None,
-        known: Prices | None,
-        same: Alike | None,
-    ) -> Prices:
-        same = same or Alike.none(len(meshes))
-        base, cuts = meshes.take(same.first), microbatches[same.first]
-        kernels = known.kernels if known else None
-        kernels = kernels or taken(self._kernels(base, cuts), same.of)
-        free = meshes.free(anywhere) if anywhere else None
-        parts, least = self._placed(kernels, meshes, microbatches, free)
-        matmul, other = parts.matmul.sum(axis=0), parts.other.sum(axis=0)
-        shown = parts.shown.sum(axis=0)
-        if known:
-            peaks = known.peak_bytes
-        else:
-            wanted = same.any(matmul + other + shown <= limit_s)
-            peaks = self._peaks(base, cuts, [None], [wanted])[0][same.of]
-        return Prices(
-            matmul,
-            other,
-            shown,
-            peaks,
-            parts.collective.sum(axis=0) - shown,
-            parts.context_heads,
-            kernels=kernels,
-            least_s=None if least is None else matmul + other + least,
-        )
-
-    def _price_stages(
-        self,
-        meshes: Meshes,
-        microbatches: Vector,
-        pipelines: Sequence[Pipeline],
-        limit_s: float,
-        anywhere: Placements | None,
+        cuts: Vector,
+        wish: Wish,
         known: Sequence[Prices],
-        same: Alike | None,
+        same: Alike,
     ) -> list[Prices]:
-        same = same or Alike.none(len(meshes))
-        base, cuts = meshes.take(same.first), microbatches[same.first]
+        base, own = meshes.take(same.first), cuts[same.first]
         kernels = known[0].kernels if known else None
-        kernels = kernels or taken(self._kernels(base, cuts), same.of)
-        free = meshes.free(anywhere) if anywhere else None
-        parts, least = self._placed(kernels, meshes, microbatches, free)
-        segments, counts = self.work.segments, meshes.product(STAGE)
-        hows = [prices.cut for prices in known]
-        if not known:
-            even = taken(parts, same.first)
-            if not base.canonical:
-                plain = Meshes(base.cluster, base.sizes)
-                own = taken(kernels, same.first)
-                even, _ = self._placed(own, plain, cuts, None)
-            of_base = base.product(STAGE)
-            hows = [
-                taken(cut(how, segments.blocks, even, of_base, cuts), same.of)
-                for how in pipelines
-            ]
-        sent = self.sent_bytes(meshes, microbatches)
-        shared = np.zeros(len(meshes))
-        for v in self._gradient_leaves():
-            if segments.of_value[v] == BOTH:
-                axes = axes_of(self.sharded.specs[v])
-                shared += self.local_bytes(v, axes, meshes, np.ones(1))
-        hops = (microbatches, sent, shared, self.constants)
-        found = []
-        for k, how in enumerate(hows):
-            assert how is not None
-            passed = sent_s(how.pipeline, meshes, *hops)
-            time = staged(how, parts, meshes, microbatches, passed, self.constants)
-            bound = None
-            if free is not None and least is not None:
-                bound = sent_s(how.pipeline, free, *hops)
-                bound += least_s(
-                    how, kernels, least, counts, microbatches, self.constants
-                )
-            nothing = np.full(len(meshes), np.nan)
-            found.append(
-                Prices(
-                    matmul_s=time.matmul,
-                    other_s=time.other,
-                    collective_s=time.shown,
-                    peak_bytes=known[k].peak_bytes if known else nothing,
-                    hidden_s=time.hidden,
-                    context_heads=parts.context_heads,
-                    bubble_s=time.bubble,
-                    sent_s=time.sent,
-                    cut=how,
-                    slowest_share=time.share,
-                    kernels=None if found else kernels,
-                    least_s=bound,
-                )
-            )
+        kernels = kernels or taken(self._kernels(base, own), same.of)
+        free = meshes.free(wish.anywhere) if wish.anywhere else None
+        parts, least = self._placed(kernels, meshes, cuts, free)
         if known:
-            return found
-        wanted = [same.any(prices.step_s <= limit_s) for prices in found]
-        of_base = [taken(how, same.first) for how in hows]
-        peaks = self._peaks(base, cuts, of_base, wanted)
-        return [
-            replace(prices, peak_bytes=own[same.of])
-            for prices, own in zip(found, peaks, strict=True)
+            hows = [prices.cut for prices in known]
+        else:
+            even = taken(parts, same.first)
+            hows = taken(self._cuts(base, own, even, wish.pipelines), same.of)
+        held = self._held(base, own, wish.offloads)
+        alone = taken(kernels, same.first)
+        hosts = [
+            taken(_host_s(alone, held, offload, base, own), same.of)
+            for offload in wish.offloads
         ]
+        # All sets are priced at once, as if they were so many more candidates.
+        count, ways = len(meshes), len(hows)
+        host, update = (np.concatenate(t, axis=1) for t in zip(*hosts, strict=True))
+        timed = self._timed(parts, kernels, least, host, update, meshes, free, cuts)
+        every = [timed(how) for how in hows]
+        found = [
+            replace(
+                taken(prices, slice(k * count, (k + 1) * count)),
+                cut=how,
+                offload=offload,
+            )
+            for k, offload in enumerate(wish.offloads)
+            for how, prices in zip(hows, every, strict=True)
+        ]
+        fast = [same.any(prices.step_s <= wish.limit_s) for prices in found]
+        wanted = [np.any(fast[way::ways], axis=0) for way in range(ways)]
+        of_base = taken(hows, same.first)
+        memory = self._memory(base, own, of_base, wanted, held, wish.offloads)
+        found = [
+            replace(prices, peak_bytes=peaks[same.of], host_bytes=on_host[same.of])
+            for prices, (peaks, on_host) in zip(found, memory, strict=True)
+        ]
+        found[0] = replace(found[0], kernels=kernels)
+        return found
 
-    def peak_bytes(
+    def _cuts(
+        self, base: Meshes, cuts: Vector, parts: Parts, pipelines: Sequence[Pipeline]
+    ) -> list[Cut | None]:
+        """How each pipeline is cut, in whatever order the parts are; None without."""
+        if not pipelines:
+            return [None]
+        if not base.canonical:
+            parts = self.parts(Meshes(base.cluster, base.sizes), cuts)
+        blocks, counts = self.work.segments.blocks, base.product(STAGE)
+        return [cut(how, blocks, parts, counts, cuts) for how in pipelines]
+
+    def _held(
+        self, meshes: Meshes, cuts: Vector, offloads: Sequence[Offload]
+    ) -> dict[str, Held]:
+        kinds = dict.fromkeys(kind for offload in offloads for kind in offload)
+        return {kind: self.liveness.held(kind, meshes, cuts) for kind in kinds}
+
+    def _timed(
+        self,
+        parts: Parts,
+        kernels: Kernels,
+        least: Vector | None,
+        host: Table,
+        host_update: Table,
+        meshes: Meshes,
+        free: Meshes | None,
+        cuts: Vector,
+    ) -> Callable[[Cut | None], Prices]:
+        """What prices a cut of the candidates, once for each time the host takes."""
+        rows = np.tile(np.arange(len(meshes)), host.shape[1] // len(meshes))
+        loaded = replace(taken(parts, rows), host=host, host_update=host_update)
+        every, pieces = meshes.take(rows), cuts[rows]
+        # What the host takes is beside no collective: a stage has it as its kernels.
+        busy = taken(kernels, rows)
+        other, update = busy.other + host, busy.update + host_update
+        busy = replace(busy, other=other, update=update)
+        sent, shared = self.sent_bytes(meshes, cuts), self._shared_bytes(meshes)
+        hops = (cuts, sent, shared, self.constants)
+
+        def one(how: Cut | None) -> Prices:
+            if how is None:
+                prices = of_one_stage(loaded)
+                if least is None:
+                    return prices
+                return replace(
+                    prices, least_s=(busy.matmul + busy.other).sum(axis=0) + least[rows]
+                )
+            passed = sent_s(how.pipeline, meshes, *hops)[rows]
+            each = taken(how, rows)
+            time = staged(each, loaded, every, pieces, passed, self.constants)
+            if free is None or least is None:
+                return of_stages(time, loaded)
+            bound = sent_s(how.pipeline, free, *hops)[rows]
+            counts = every.product(STAGE)
+            bound += least_s(each, busy, least[rows], counts, pieces, self.constants)
+            return replace(of_stages(time, loaded), least_s=bound)
+
+        return one
+
+    def memory_bytes(
         self,
         cluster: Cluster,
         sizes: np.ndarray[Any, np.dtype[np.int64]],
         microbatches: Vector,
         how: Cut | None,
-    ) -> Vector:
-        """Peak bytes per chip of candidates.
+        offload: Offload,
+    ) -> tuple[Vector, Vector]:
+        """Peak bytes per chip of candidates, and bytes in the host's memory.
 
         Args:
             cluster: As in `price`.
             sizes: As in `price`.
             microbatches: As in `price`.
             how: How they are cut, where they have several stages.
+            offload: As in `price`.
         """
 
-        def peaks(pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows) -> Vector:
-            every = np.ones(len(rows), dtype=bool)
-            return pricer._peaks(part, cuts, [taken(how, rows)], [every])[0]
+        def memory(
+            pricer: Pricer, part: Meshes, cuts: Vector, rows: Rows
+        ) -> tuple[Vector, Vector]:
+            every, held = np.ones(len(rows), bool), pricer._held(part, cuts, [offload])
+            cut = taken(how, rows)
+            return pricer._memory(part, cuts, [cut], [every], held, [offload])[0]
 
-        return self.apart(Meshes(cluster, sizes), microbatches, peaks)
+        return self.apart(Meshes(cluster, sizes), microbatches, memory)
 
     def sent_bytes(self, meshes: Meshes, microbatches: Vector) -> Vector:
         """Bytes that one microbatch hands from block to block, on one device."""
@@ -383,43 +425,59 @@ class Pricer:
             sent += self.local_bytes(v, axes, meshes, microbatches)
         return sent
 
-    def _peaks(
+    def _shared_bytes(self, meshes: Meshes) -> Vector:
+        """Bytes of gradients that both ends have, on one device."""
+        shared = np.zeros(len(meshes))
+        for v in self._gradient_leaves():
+            if self.work.segments.of_value[v] == BOTH:
+                axes = axes_of(self.sharded.specs[v])
+                shared += self.local_bytes(v, axes, meshes, np.ones(1))
+        return shared
+
+    def _memory(
         self,
         meshes: Meshes,
         cuts: Vector,
         hows: Sequence[Cut | None],
         wanted: Sequence[np.ndarray],
-    ) -> list[Vector]:
-        """Peaks of all stages of all pipelines, found in one go; NaN if not wanted."""
+        held: Mapping[str, Held],
+        offloads: Sequence[Offload],
+    ) -> list[tuple[Vector, Vector]]:
+        """Peaks, and bytes on the host, for each set of what is offloaded, each cut.
+
+        Those of all stages of all cuts are found in one go; NaN if not wanted.
+        """
         counts = meshes.product(STAGE)
-        found = [np.full(len(meshes), np.nan) for _ in hows]
-        places: list[tuple[Vector, np.ndarray]] = []
+        places: list[tuple[int, np.ndarray]] = []
         shares, later = [], []
-        for how, here, peaks in zip(hows, wanted, found, strict=True):
+        for way, (how, here) in enumerate(zip(hows, wanted, strict=True)):
             if how is None:
-                at = np.flatnonzero(here)
-                peaks[at], _ = self.liveness.memory(meshes.take(at), cuts[at])
+                places.append((way, np.flatnonzero(here)))
                 continue
-            here = here & how.valid
-            peaks[here] = 0.0
             for stage in how.stages:
-                at = np.flatnonzero(here & stage.exists)
-                places.append((peaks, at))
+                at = np.flatnonzero(here & how.valid & stage.exists)
+                places.append((way, at))
                 shares.append(stage.share[:, at])
                 later.append(waiting(how.pipeline, stage.at, counts, cuts)[at])
-        if not places:
-            return found
         rows = np.concatenate([at for _, at in places])
-        every, _ = self.liveness.memory(
-            meshes.take(rows),
-            cuts[rows],
-            np.concatenate(shares, axis=1),
-            np.concatenate(later),
+        share = np.concatenate(shares, axis=1) if shares else None
+        kept = np.concatenate(later) if later else None
+        there = {kind: taken(own, rows) for kind, own in held.items()}
+        every = self.liveness.peaks(
+            meshes.take(rows), cuts[rows], share, kept, there, offloads
         )
-        begin = 0
-        for peaks, at in places:
-            peaks[at] = np.maximum(peaks[at], every[begin : begin + len(at)])
-            begin += len(at)
+        hosts = host_bytes(there, share, kept)
+        found = []
+        for offload, peaks in zip(offloads, every, strict=True):
+            on_host = sum((hosts[kind] for kind in offload), np.zeros(len(rows)))
+            own = [np.full((2, len(meshes)), np.nan) for _ in hows]
+            begin = 0
+            for way, at in places:
+                here = slice(begin, begin + len(at))
+                both = np.stack([peaks[here], on_host[here]])
+                own[way][:, at] = np.fmax(own[way][:, at], both)
+                begin += len(at)
+            found += [(peak, host) for peak, host in own]
         return found
 
     def parts(self, meshes: Meshes, microbatches: Vector) -> Parts:
@@ -530,7 +588,7 @@ class Pricer:
     ) -> Kernels:
         """The same by what belongs together, by default at the rates of the cluster."""
         rates = rates or Rates.of(meshes.cluster, self.constants)
-        matmul, other, update = (np.zeros((PLACES, len(meshes))) for _ in range(3))
+        matmul, other, forward, update = np.zeros((4, PLACES, len(meshes)))
         places, of_op = self.work.segments, self.context.of_op
         attention = [np.zeros(len(meshes)) for _ in self.context.passes]
         for time in self.compute.times(meshes, cuts, rates):
@@ -539,6 +597,8 @@ class Pricer:
             of_kind[place] += time.total_s
             if self.work.update[time.kernel.op]:
                 update[place] += time.total_s
+            elif not is_transposed(self.program.ops[time.kernel.op]):
+                forward[place] += time.total_s
             if time.kernel.op in of_op:
                 attention[of_op[time.kernel.op]] += time.total_s
         # Microbatches: read the sum, read the new gradient, write the sum.
@@ -550,7 +610,7 @@ class Pricer:
             moved = moved * self.work.alike[value]
             place = places.of_value[value]
             other[place] += np.where(cuts > 1, cuts * moved, 0.0)
-        return Kernels(matmul, other, update, tuple(attention))
+        return Kernels(matmul, other, forward, update, tuple(attention))
 
     def _gradient_leaves(self) -> list[int]:
         return [

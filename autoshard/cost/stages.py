@@ -40,6 +40,7 @@ class Kernels:
     Attributes:
         matmul: In matrix products.
         other: In everything else.
+        forward: Of both, in the forward pass.
         update: Of both, in the optimizer.
         attention: Of the passes of attention, each float64[candidate], where these
             keep keys and values in parts.
@@ -47,6 +48,7 @@ class Kernels:
 
     matmul: Table
     other: Table
+    forward: Table
     update: Table
     attention: tuple[Vector, ...] = ()
 
@@ -64,6 +66,8 @@ class Parts:
         collective: In collectives, hidden or not.
         shown: Of these, what computation does not hide.
         context_heads: Devices of `context` that share heads, int64[candidate].
+        host: In transfers to and from the host, as far as they show.
+        host_update: Of these, in the optimizer.
     """
 
     matmul: Table
@@ -72,11 +76,13 @@ class Parts:
     collective: Table
     shown: Table
     context_heads: np.ndarray[Any, np.dtype[np.int64]]
+    host: Table | float = 0.0
+    host_update: Table | float = 0.0
 
     @property
     def busy(self) -> Table:
-        """Seconds in which a chip computes or waits for collectives."""
-        return self.matmul + self.other + self.shown
+        """Seconds in which a chip computes, or waits for collectives or the host."""
+        return self.matmul + self.other + self.shown + self.host
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +199,7 @@ class StagedTime:
         hidden: In its collectives beside computation.
         bubble: Waiting for the pipeline to fill and drain.
         sent: In transfers between stages, as far as they show.
+        host: In its transfers to and from the host, as far as they show.
         share: By place, what the slowest stage has: [place, candidate].
     """
 
@@ -202,6 +209,7 @@ class StagedTime:
     hidden: Vector
     bubble: Vector
     sent: Vector
+    host: Vector
     share: Table
 
 
@@ -238,7 +246,7 @@ def staged(
         return np.take_along_axis(np.array(total(table)), slowest[None], axis=0)[0]
 
     # The update comes after the pipeline has drained.
-    each = parts.busy - parts.update
+    each = parts.busy - parts.update - parts.host_update
     share = np.where(pipeline.vocab == "spread", 1.0, 2.0)
     whole = each.sum(axis=0) + (share - 1) * each[BOTH] + (counts - 1) * each[ALL]
     longest = np.array(total(each)).max(axis=0)
@@ -253,6 +261,7 @@ def staged(
         hidden=of_slowest(parts.collective - parts.shown),
         bubble=bubble,
         sent=sent,
+        host=of_slowest(parts.host + np.zeros_like(parts.matmul)),
         share=np.take_along_axis(
             np.array([stage.share for stage in how.stages]), slowest[None, None], axis=0
         )[0],

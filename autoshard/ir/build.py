@@ -260,3 +260,8 @@ class Builder:
 def is_rematted(op: Op) -> bool:
     """Whether an op runs in a rematerialised call, whose operands are kept apart."""
     return _REMAT in op.scope and _REMAT in op.scope.split("/")
+
+
+def is_transposed(op: Op) -> bool:
+    """Whether an op is of a backward pass: JAX says so in the names of its scopes."""
+    return "transpose(" in op.scope

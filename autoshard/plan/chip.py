@@ -154,6 +154,31 @@ class Link(Model):
         return self
 
 
+class Host(Model):
+    """What a chip has of the host that it sits in.
+
+    Attributes:
+        bytes_per_s: Of the link between the two, one direction, per chip.
+        efficiency: Share of it that large copies reach.
+        memory_bytes: Of the host's memory, by the chips that share it.
+
+    >>> load_type("h100").host.bytes_per_s.value
+    64000000000.0
+    """
+
+    bytes_per_s: Figure | None = None
+    efficiency: Figure | None = None
+    memory_bytes: Figure | None = None
+
+    @model_validator(mode="after")
+    def _check_share(self) -> Self:
+        if self.efficiency is not None and self.efficiency.value > 1:
+            raise ValueError(
+                f"efficiency is {self.efficiency.value}; it is a share of the peak"
+            )
+        return self
+
+
 class ChipType(Model):
     """All that is known of one chip and of the system it comes in.
 
@@ -174,6 +199,8 @@ class ChipType(Model):
         generation: Chips whose kernels behave alike: "hopper"; absent for others than
             those that the cost model knows.
         power_share: Power of a limited part over that of the full one.
+        host: Link to the host and memory there; figures that nobody has published are
+            absent, and then nothing can be offloaded.
 
     >>> load_type("v5p").links[0].torus_dims
     3
@@ -192,6 +219,7 @@ class ChipType(Model):
     hbm_efficiency: Figure | None = None
     generation: _Text | None = None
     power_share: Figure | None = None
+    host: Host = Host()
 
     @model_validator(mode="after")
     def _check_links(self) -> Self:

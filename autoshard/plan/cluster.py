@@ -20,6 +20,7 @@ from pydantic import model_validator
 from autoshard.ir.errors import InputError
 from autoshard.plan.chip import ChipType as ChipType
 from autoshard.plan.chip import Figure as Figure
+from autoshard.plan.chip import Host as Host
 from autoshard.plan.chip import Kind as Kind
 from autoshard.plan.chip import Link as Link
 from autoshard.plan.chip import Model, Shape, is_path
@@ -113,6 +114,51 @@ class Cluster(Model):
     def hbm_bytes_per_s(self) -> float:
         """Bandwidth of one chip's memory."""
         return self.chip.hbm_bytes_per_s.value
+
+    @property
+    def host_lacks(self) -> str:
+        """The figure without which nothing can be offloaded; empty if all are there.
+
+        >>> cluster("v5e:4").host_lacks, cluster("h100:8").host_lacks
+        ('host.bytes_per_s', '')
+        """
+        for name in ("bytes_per_s", "memory_bytes"):
+            if getattr(self.chip.host, name) is None:
+                return f"host.{name}"
+        return ""
+
+    def _of_host(self, name: str) -> float:
+        figure = getattr(self.chip.host, name)
+        if figure is None:
+            raise InputError(
+                f"{self.chip.name} has no figure host.{name}, which is required to "
+                "keep anything in the host's memory: nobody has published it. Set "
+                "offload = [], or give the figure in the [host] table of a cluster "
+                "file of your own."
+            )
+        return float(figure.value)
+
+    @property
+    def host_bytes_per_s(self) -> float:
+        """What large copies reach between a chip and its host, one direction.
+
+        Raises:
+            InputError: The chip has no published figure.
+        """
+        share = self.chip.host.efficiency
+        return self._of_host("bytes_per_s") * (share.value if share else 1.0)
+
+    @property
+    def host_memory_bytes(self) -> float:
+        """A chip's part of the host's memory.
+
+        Raises:
+            InputError: The chip has no published figure.
+
+        >>> cluster("h100:8").host_memory_bytes
+        250000000000.0
+        """
+        return self._of_host("memory_bytes")
 
     @property
     def rings(self) -> tuple[bool, ...]:

@@ -31,8 +31,24 @@ class Collective(Record):
     value: str
 
 
+class HostTable(Record):
+    """Predicted bytes per device in the host's memory, by what they hold.
+
+    Of activations all that are kept at once, those of waiting microbatches included.
+    """
+
+    params: int
+    optimizer: int
+    activations: int
+    total: int
+    capacity: int
+
+
 class MemoryTable(Record):
-    """Predicted bytes per device at the peak of the step, by what they hold."""
+    """Predicted bytes per device at the peak of the step, by what they hold.
+
+    `host` is what is in the host's memory beside that, None where nothing is.
+    """
 
     params: int
     gradients: int
@@ -41,6 +57,7 @@ class MemoryTable(Record):
     other: int
     total: int
     capacity: int
+    host: HostTable | None = None
 
 
 class Estimate(Record):
@@ -53,6 +70,7 @@ class Estimate(Record):
         collective_s: In collectives, as far as computation does not hide them.
         bubble_s: In which the slowest stage of a pipeline waits for the others.
         transfer_s: In transfers between stages, as far as they show.
+        host_s: In transfers to and from the host, as far as they show.
         hidden_s: In collectives beside computation; no part of `step_s`.
         counted_compute_s: In all that is not a collective, at the rates by which the
             chip's own compiler estimates it; no part of `step_s`, None where these are
@@ -70,6 +88,7 @@ class Estimate(Record):
     collective_s: float
     bubble_s: float = 0.0
     transfer_s: float = 0.0
+    host_s: float = 0.0
     hidden_s: float = 0.0
     counted_compute_s: float | None = None
     model_flops: float

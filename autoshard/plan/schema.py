@@ -18,6 +18,7 @@ from autoshard.plan.base import PlanSpec, Record
 from autoshard.plan.predicted import Certificate as Certificate
 from autoshard.plan.predicted import Collective as Collective
 from autoshard.plan.predicted import Estimate as Estimate
+from autoshard.plan.predicted import HostTable as HostTable
 from autoshard.plan.predicted import MemoryTable as MemoryTable
 from autoshard.plan.records import (
     Annotations,
@@ -218,12 +219,13 @@ class Plan(Record):
     @property
     def not_executable(self) -> tuple[str, ...]:
         """What of the plan is priced but cannot be run yet, in words."""
-        schedule = self.strategy.schedule
-        found = []
+        schedule, found = self.strategy.schedule, []
         if schedule.pipeline != "none":
             found.append(f"{self.sizes['stage']} pipeline stages")
         if schedule.context_kind != "all_gather" and self.sizes["context"] > 1:
             found.append(f"context_kind {schedule.context_kind}")
+        if schedule.offload:
+            found.append(f"{' and '.join(schedule.offload)} in the host's memory")
         return tuple(found)
 
     def save(self, path: str | Path) -> None:

@@ -22,6 +22,9 @@ PipelineSchedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-
 Vocab = Literal["ends", "spread"]
 ContextKind = Literal["all_gather", "ring", "ulysses", "usp"]
 STATES = ("params", "gradients", "optimizer")
+Offloadable = Literal["optimizer", "params", "activations"]
+OFFLOADABLE: tuple[Offloadable, ...] = ("optimizer", "params", "activations")
+"""What may be kept in the host's memory, in the order in which it is written down."""
 
 
 class Rule(Record):
@@ -69,6 +72,9 @@ class Schedule(Record):
             `"dots"` for all but the results of products with weights, or
             `"save:NAME+NAME"` for all but the values of these names
             (`jax.ad_checkpoint.checkpoint_name`).
+        offload: What is kept in the host's memory, of `OFFLOADABLE`: the `"optimizer"`
+            state, the `"params"`, and the `"activations"` that are kept for the
+            backward pass; see `autoshard.cost.offload`.
     """
 
     microbatches: Annotated[int, Field(ge=1)] | Auto = 1
@@ -79,6 +85,14 @@ class Schedule(Record):
     context_kind: ContextKind | Auto = "all_gather"
     context_heads: Annotated[int, Field(ge=0)] = 0
     remat: str = "none"
+    offload: tuple[Offloadable, ...] | Auto = ()
+
+    @field_validator("offload")
+    @classmethod
+    def _offload_is_in_order(cls, given: Any) -> Any:
+        if given != "auto" and len(set(given)) < len(given):
+            raise ValueError(f"offload = {list(given)} names a state twice; keep one")
+        return given if given == "auto" else tuple(sorted(given, key=OFFLOADABLE.index))
 
     @field_validator("remat")
     @classmethod

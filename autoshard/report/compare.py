@@ -156,7 +156,9 @@ def _memory(left: Document, right: Document) -> list[Document]:
     ]
     rows = [_row(part, parts[0][part], parts[1][part]) for part in MEMORY_PARTS]
     totals = (d["predicted"]["memory"]["total"] for d in (left, right))
-    return [*rows, _row("peak", *totals)]
+    hosts = [d["predicted"]["memory"]["host"] for d in (left, right)]
+    held = [float(host["total"]) if host else 0.0 for host in hosts]
+    return [*rows, _row("peak", *totals), *([_row("on the host", *held)] * any(hosts))]
 
 
 def _row(part: str, a: float, b: float) -> Document:

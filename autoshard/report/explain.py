@@ -12,8 +12,8 @@ from typing import Any
 
 from autoshard.ir.errors import InputError, PlanMismatchError
 from autoshard.ir.mesh import Spec
-from autoshard.plan.schema import Estimate, Plan, TensorPlan
-from autoshard.plan.strategy import STATES
+from autoshard.plan.schema import Estimate, HostTable, Plan, TensorPlan
+from autoshard.plan.strategy import OFFLOADABLE, STATES
 from autoshard.plan.views import headline
 
 Document = dict[str, Any]
@@ -88,6 +88,8 @@ def _predicted(estimate: Estimate) -> Document:
     if estimate.bubble_s or estimate.transfer_s:
         parts.append(("pipeline bubble", estimate.bubble_s))
         parts.append(("stage transfers", estimate.transfer_s))
+    if estimate.host_s:
+        parts.append(("host transfers", estimate.host_s))
     rest_s = estimate.step_s - sum(time_s for _, time_s in parts)
     # A sum that differs from the step by more than rounding is shown, not hidden.
     if abs(rest_s) > 1e-6 * estimate.step_s:
@@ -116,10 +118,28 @@ def _predicted(estimate: Estimate) -> Document:
             "total": memory.total,
             "capacity": memory.capacity,
             "fraction": _ratio(memory.total, memory.capacity),
+            "host": _on_host(memory.host) if memory.host else None,
         },
         "model_flops": estimate.model_flops,
         "mfu": estimate.mfu,
         "tokens_per_s": estimate.tokens_per_s,
+    }
+
+
+def _on_host(host: HostTable) -> Document:
+    return {
+        "parts": [
+            {
+                "part": kind,
+                "bytes_": getattr(host, kind),
+                "fraction": _ratio(getattr(host, kind), host.capacity),
+            }
+            for kind in OFFLOADABLE
+            if getattr(host, kind)
+        ],
+        "total": host.total,
+        "capacity": host.capacity,
+        "fraction": _ratio(host.total, host.capacity),
     }
 
 

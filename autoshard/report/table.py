@@ -107,7 +107,8 @@ def policy_lines(document: Document) -> list[tuple[str, str]]:
         (
             "schedule",
             f"{count} microbatch{'es' if count > 1 else ''}, remat "
-            f"{schedule['remat']}, {pipeline_text(schedule)}{context_text(schedule)}",
+            f"{schedule['remat']}, {pipeline_text(schedule)}{context_text(schedule)}"
+            f"{offload_text(schedule)}",
         ),
         *(
             ("not executable", f"{what} cannot be run yet; search with --executable")
@@ -132,6 +133,12 @@ def context_text(schedule: Document) -> str:
     kind, heads = schedule["context_kind"], schedule["context_heads"]
     shared = f" of {heads} devices that share heads" if heads else ""
     return f", attention by {kind}{shared}" if kind != "all_gather" else ""
+
+
+def offload_text(schedule: Document) -> str:
+    """What a schedule keeps in the host's memory, in words; empty for nothing."""
+    kinds = schedule["offload"]
+    return f", {'+'.join(kinds)} offloaded" if kinds else ""
 
 
 def predicted_lines(document: Document) -> list[tuple[str, str]]:
@@ -172,12 +179,19 @@ def time_bars(document: Document) -> RenderableType:
 def memory_bars(document: Document) -> RenderableType:
     """What the peak memory of one device holds, as shares of its capacity."""
     memory = document["predicted"]["memory"]
+    parts = _memory_bars("Memory of a device", "peak", memory)
+    if memory["host"]:
+        parts += _memory_bars("Host memory", "in all", memory["host"])
+    return Group(*parts)
+
+
+def _memory_bars(what: str, sum_: str, memory: Document) -> list[RenderableType]:
     table = _bars()
     for row in memory["parts"]:
         _bar_row(table, row["part"], bytes_text(row["bytes_"]), row["fraction"])
-    _bar_row(table, "peak", bytes_text(memory["total"]), memory["fraction"])
-    title = f"Memory of a device, of {bytes_text(memory['capacity'])} usable"
-    return Group(heading(title), table)
+    _bar_row(table, sum_, bytes_text(memory["total"]), memory["fraction"])
+    title = f"{what}, of {bytes_text(memory['capacity'])} usable"
+    return [heading(title), table]
 
 
 def _bars() -> Table:
@@ -311,7 +325,8 @@ def ranking(plans: list[Plan]) -> RenderableType:
             Text(" ".join(sorted(states, reverse=True)) or "-"),
             f"{plan.microbatches} mb, remat {plan.remat}"
             + (f", {how}" if (how := filled.schedule.pipeline) != "none" else "")
-            + context_text(filled.schedule.model_dump()),
+            + context_text(filled.schedule.model_dump())
+            + offload_text(filled.schedule.model_dump()),
             seconds_text(p.step_s),
             seconds_text(p.collective_s),
             bytes_text(p.memory.total),

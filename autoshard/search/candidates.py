@@ -19,6 +19,7 @@ import numpy as np
 from autoshard.cost import Pricer, floors
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.context import ALL_GATHER
+from autoshard.cost.offload import Offload, Offloading
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.cost.segments import Segments
@@ -33,6 +34,7 @@ from autoshard.propagate import propagate
 from autoshard.search import space
 from autoshard.search.alike import Alike, felt, state_dims
 from autoshard.search.divisible import batch_divides, divisible
+from autoshard.search.offloads import least_s, offloads
 from autoshard.search.placing import Placing
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.reading import Sketch, fixed_sizes
@@ -51,6 +53,7 @@ class Space:
     strategy: Strategy
 
     def __post_init__(self) -> None:
+        self._said: set[str] = set()
         self._sketches: dict[str, Sketch | None] = {}
         self._pricers: dict[Any, Pricer] = {}
         self._attending: dict[Any, bool] = {}
@@ -155,6 +158,23 @@ class Space:
             return ()
         return space.pipelines(strategy)
 
+    def offloads(
+        self, strategy: Strategy, cluster: Cluster, sketch: Sketch
+    ) -> tuple[Offload, ...]:
+        """What may be offloaded; see `search.offloads`."""
+        shallow = sketch.shallow
+        program = Offloading(shallow.traced, shallow.work)
+        found = offloads(strategy, cluster, program)
+        missing = cluster.host_lacks
+        if strategy.schedule.offload == "auto" and missing and cluster.kind != "cpu":
+            self._say(f"offload left out: {cluster.type_name} has no figure {missing}")
+        return found
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.log(text)
+
     def candidates(
         self, strategy: Strategy, cluster: Cluster
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +236,7 @@ class Space:
         batch, hows = self.batch(), self.pipelines(strategy)
         alike = Alike(grid)
         family: Any = None
-        rest_s, floor_s, floor_bytes = np.zeros((3, len(grid)))
+        (rest_s, floor_s), floor_bytes = np.zeros((2, 2, len(grid)))
         known = np.full(len(grid), not bounded)
         first = strategy
         for structure in space.structures(strategy, keep):
@@ -231,13 +251,16 @@ class Space:
                 family = structure.rules, structure.schedule
                 first = structure
                 known[:] = False
+            sets = self.offloads(strategy, cluster, sketch)
             ask = np.flatnonzero(new & ~known)
             known[ask] = True
             if len(ask):
                 pricer = self._pricer(first, sketch)
-                at = cluster, grid[ask], cuts[ask], batch, hows, placing, watch.bytes_
-                rest_s[ask], floor_s[ask], floor_bytes[ask] = _floors(pricer, *at)
-            small = floor_bytes <= watch.bytes_
+                at = grid[ask], cuts[ask], batch, hows, placing, watch.bytes_
+                rest_s[ask], floor_s[ask], floor_bytes[:, ask] = _floors(
+                    pricer, cluster, sets, *at
+                )
+            small = floor_bytes[-1] <= watch.bytes_
             here = new & small & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
             watch.indivisible += int((new & np.isnan(floor_s)).sum())
@@ -259,21 +282,26 @@ class Space:
                         meshes = placing.meshes(grid[at])
                         own = cuts[at].astype(float)
                         stored_s = floors.stored_s(pricer, meshes, own, rest_s[at])
-                        least_s = floors.in_stages(pricer, meshes, own, stored_s, hows)
-                        fast = least_s <= watch.step_s
-                        watch.pruned += int((~fast).sum())
-                        at = at[fast]
-                        held = pricer.liveness.held_bytes(Meshes(cluster, grid[at]))
-                        if hows:  # the fullest stage has no less than the average one
-                            held = held / grid[at, STAGE]
-                        # Activations come to it, but may be those of another stage.
-                        alone = (grid[at, STAGE] == 1) | (not hows)
-                        small = held + alone * floor_bytes[at] <= watch.bytes_
+                        bound_s = least_s(
+                            pricer,
+                            meshes,
+                            sets,
+                            grid[at, STAGE] if hows else np.ones(len(at), np.int64),
+                            floors.in_stages(pricer, meshes, own, stored_s, hows),
+                            rest_s[at],
+                            floor_bytes[:, at],
+                            watch.bytes_,
+                        )
+                        small = np.isfinite(bound_s)
+                        fast = bound_s <= watch.step_s
                         watch.too_large += int((~small).sum())
-                        at = at[small]
+                        watch.pruned += int((small & ~fast).sum())
+                        at = at[small & fast]
                     parts.append((pricer, grid[at], cuts[at]))
             propagated = partial(self._pricer, structure, sketch)
-            found = price(propagated, structure, cluster, parts, hows, placing, watch)
+            found = price(
+                propagated, structure, cluster, parts, hows, sets, placing, watch
+            )
             watch.saw(found.sizes, found.step_s, found.peak_bytes)
             yield found
 
@@ -433,6 +461,7 @@ def _for_blocks(rows: np.ndarray, strategy: Strategy, segments: Segments) -> np.
 def _floors(
     pricer: Pricer,
     cluster: Cluster,
+    sets: Sequence[Offload],
     grid: np.ndarray,
     cuts: np.ndarray,
     batch: int,
@@ -445,15 +474,21 @@ def _floors(
     Returns:
         Seconds beside what storage moves, and of the step, NaN where the batch does not
         divide, whatever the storage, and infinite where the bytes are too many; and
-        bytes, zero where the batch does not divide.
+        bytes, zero where the batch does not divide, float64[2, candidate]: with what is
+        kept for the backward pass on the chip, and the same without it if it may be in
+        the host's memory.
     """
     rest_s, floor_s = np.full((2, len(grid)), np.nan)
-    floor_bytes = np.zeros(len(grid))
+    floor_bytes = np.zeros((2, len(grid)))
     fits = np.flatnonzero(batch_divides(pricer, grid, cuts, batch))
     meshes, own = Meshes(cluster, grid[fits]), cuts[fits].astype(float)
-    floor_bytes[fits] = floors.floor_bytes(pricer, meshes, own, pipelines)
+    floor_bytes[:, fits] = floors.floor_bytes(pricer, meshes, own, pipelines)
+    if any("activations" in offload for offload in sets):
+        floor_bytes[1, fits] = floors.floor_bytes(
+            pricer, meshes, own, pipelines, offloaded=True
+        )
     rest_s[fits] = floor_s[fits] = np.inf
-    small = fits[floor_bytes[fits] <= bytes_]
+    small = fits[floor_bytes[1, fits] <= bytes_]
     meshes, own = placing.meshes(grid[small]), cuts[small].astype(float)
     whole_s, rest_s[small] = floors.rest_s(pricer, meshes, own)
     floor_s[small] = floors.in_stages(pricer, meshes, own, whole_s, pipelines)

@@ -119,7 +119,9 @@ def explore(
     assert plain is not None
     shallow = plain.shallow
     floor_s = fastest_s(shallow.traced.program, shallow.classes, shallow.work, cluster)
-    watch = Watch(best, capacity)
+    # The front of all plans has those with something offloaded that need not have it.
+    enough_bytes = 0.0 if best is None else capacity
+    watch = Watch(best, capacity, enough_bytes)
     groups: list[Candidates] = []
     why, tried = "", 0
     found = everything.priced(strategy, cluster, watch=watch)

@@ -24,7 +24,7 @@ from autoshard.plan.schema import (
     TensorPlan,
 )
 from autoshard.plan.sharded import OUTPUT, Layout, ShardedProgram
-from autoshard.plan.strategy import Strategy
+from autoshard.plan.strategy import Schedule, Strategy
 from autoshard.propagate import propagate
 from autoshard.search.pins import constraints
 from autoshard.search.reading import Shallow, Sketch, classes_of, read
@@ -59,10 +59,10 @@ def finish(
     schedule, sizes = strategy.schedule, _sizes(strategy)
     assert schedule.microbatches != "auto"
     assert strategy.order != "auto"
+    assert schedule.offload != "auto"
     pipeline = _pipeline(strategy) if schedule.pipeline != "none" else None
     if isinstance(fn, TrainStep):
-        # Stages have microbatches of their own: the program is that of one.
-        traced_cuts = 1 if pipeline else schedule.microbatches
+        traced_cuts = 1 if of_one_microbatch(schedule) else schedule.microbatches
         fn = fn.with_schedule(microbatches=traced_cuts, remat=schedule.remat)
     traced = sketch.traced if sketch else read(fn, args, strategy)
     classes = classes_of(traced, strategy, plain)
@@ -83,8 +83,9 @@ def finish(
         flops,
         whole,
         pipeline,
-        schedule.microbatches if pipeline else 1,
+        schedule.microbatches if of_one_microbatch(schedule) else 1,
         strategy.order,
+        schedule.offload,
     )
     bound = min(certificate.lower_bound_s, predicted.step_s)
     certificate = certificate.model_copy(
@@ -125,6 +126,15 @@ def finish(
         certificate=certificate,
         **records(sharded),
     )
+
+
+def of_one_microbatch(schedule: Schedule) -> bool:
+    """Whether a step is traced with one microbatch, however many it has.
+
+    Stages have microbatches of their own, and what is offloaded is moved in each.
+    """
+    alone = schedule.microbatches == 1
+    return alone or schedule.pipeline != "none" or bool(schedule.offload)
 
 
 def _sizes(strategy: Strategy) -> dict[str, int]:

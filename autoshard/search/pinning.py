@@ -53,9 +53,10 @@ def with_pins(strategy: Strategy, pins: Mapping[str, Any]) -> Strategy:
     Args:
         strategy: Whose fields.
         pins: Values by key: the size of an axis (`tensor`), a field of the schedule
-            (`microbatches`, `remat`), `storage.STATE`, `rules.LOGICAL`, `specs.PATH`.
-            A value is what the field takes, or its text; axes are joined by `+`, and
-            `none` is none of them; `auto` opens the field.
+            (`microbatches`, `remat`, `offload`), `storage.STATE`, `rules.LOGICAL`,
+            `specs.PATH`.
+            A value is what the field takes, or its text; axes, and what is offloaded,
+            are joined by `+`, and `none` is none of them; `auto` opens the field.
 
     Raises:
         NameUnknownError: No field has a key's name.
@@ -90,6 +91,8 @@ def _with_pin(strategy: Strategy, key: str, value: Any) -> Strategy:
         field = name or key
         counted = field in ("microbatches", "virtual", "context_heads")
         chosen = _count(value, key) if counted else value
+        if field == "offload":
+            chosen = _axes(value)
         if field == "blocks" and isinstance(value, str):
             chosen = tuple(_count(part, key) for part in value.split(","))
         document["schedule"] = {**document["schedule"], field: chosen}
@@ -133,7 +136,7 @@ def _count(value: Any, key: str) -> int | str:
 
 def _listed(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, Iterable):
-        raise InputError("axes are a list of names, or text such as 'data+fsdp'")
+        raise InputError("this is a list of names, or text such as 'data+fsdp'")
     return tuple(value)
 
 
@@ -169,7 +172,7 @@ def fixed_fields(strategy: Strategy) -> dict[str, Any]:
     }
     of_stages = ("pipeline", "virtual", "vocab") if "stage" in strategy.mesh else ()
     of_context = ("context_kind",) if "context" in strategy.mesh else ()
-    for field in ("microbatches", "remat", *of_context, *of_stages):
+    for field in ("microbatches", "remat", "offload", *of_context, *of_stages):
         value = getattr(strategy.schedule, field)
         if value != "auto":
             found[field] = value

@@ -11,6 +11,7 @@ import numpy as np
 
 from autoshard.cost import Pricer
 from autoshard.cost.context import ALL_GATHER, USP
+from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import Cut
 from autoshard.ir.mesh import AXES
@@ -35,8 +36,12 @@ class Candidates:
         orders: Which axis comes at each place, the outermost first, int64[candidate,
             place].
         step_s: Seconds a step, float64[candidate].
-        peak_bytes: Per chip, float64[candidate].
+        peak_bytes: Per chip, float64[candidate]; infinite where what is offloaded does
+            not fit in the host's memory.
         context_heads: Devices of `context` that share heads, int64[candidate].
+        offloads: What may be in the host's memory.
+        offload: Which of them a candidate has, int64[candidate].
+        host_bytes: Bytes per chip there, float64[candidate].
         staged: Cuts into stages, each of so many candidates, which come last: those
             before them have one stage. `(cut, candidates of it)`.
     """
@@ -49,6 +54,9 @@ class Candidates:
     step_s: np.ndarray
     peak_bytes: np.ndarray
     context_heads: np.ndarray
+    offloads: tuple[Offload, ...]
+    offload: np.ndarray
+    host_bytes: np.ndarray
     staged: tuple[tuple[Cut, np.ndarray], ...] = ()
 
     @property
@@ -99,6 +107,7 @@ class Candidates:
         kind = self.context_kind if sizes["context"] > 1 else ALL_GATHER
         heads = int(self.context_heads[k]) if kind == USP else 0
         schedule |= {"context_kind": kind, "context_heads": heads}
+        schedule |= {"offload": self.offloads[self.offload[k]]}
         order = [AXES[place] for place in self.orders[k].tolist()]
         return self.strategy.model_copy(
             update={
@@ -125,6 +134,8 @@ class Candidates:
         if key == "context_kind":
             one = self.sizes[:, AXES.index("context")] == 1
             return np.where(one, value == ALL_GATHER, self.context_kind == value)
+        if key == "offload":
+            return np.array([some == value for some in self.offloads])[self.offload]
         if key in ("pipeline", "virtual", "vocab"):
             field = "schedule" if key == "pipeline" else key
             return np.array(
@@ -147,8 +158,9 @@ class Candidates:
     def identity(self, k: int) -> Any:
         """What makes a candidate a truly different plan.
 
-        Axes of one device do nothing, and another number of microbatches, or another
-        order of axes, alone is not another plan.
+        Axes of one device do nothing, and another number of microbatches, another
+        order of axes, or something else in the host's memory, is not by itself another
+        plan.
         """
         sizes = self.mesh(k)
 
@@ -173,13 +185,15 @@ def price(
     cluster: Cluster,
     parts: Sequence[tuple[Pricer, np.ndarray, np.ndarray]],
     pipelines: Sequence[Pipeline],
+    offloads: tuple[Offload, ...],
     placing: Placing,
     watch: Watch,
 ) -> Candidates:
     """Prices candidates: those of one stage, then those of several.
 
-    Each is priced in the first order of its axes, and then in those others in which it
-    may be better than what is known by then.
+    Each is priced in the first order of its axes with the first of what may be
+    offloaded. Those that need too much memory are priced with the others of that; and
+    all in those other orders in which they may be better than what is known by then.
 
     Args:
         propagated: What gives the structure propagated, and its pricer.
@@ -190,6 +204,7 @@ def price(
             and their microbatches, int64[candidate].
         pipelines: How the stages of those that have several may take turns; without
             any, `stage` is an axis like any other.
+        offloads: What may be in the host's memory.
         placing: How axes may be laid out.
         watch: Slower ones than it says are not wanted; they are counted there.
 
@@ -198,6 +213,7 @@ def price(
     """
     plain: list[Batch] = []
     staged: list[Batch] = []
+    first, others = offloads[:1], offloads[1:]
     for pricer, sizes, cuts in parts:
         several = (sizes[:, STAGE] > 1) & bool(pipelines)
         for rows, batches, turns in (
@@ -205,11 +221,9 @@ def price(
             (several, staged, pipelines),
         ):
             if rows.any():
-                batches.append(
-                    Batch(
-                        pricer, cluster, sizes[rows], cuts[rows], turns, placing, watch
-                    )
-                )
+                own = sizes[rows], cuts[rows], turns, first, placing, watch
+                batches.append(Batch(pricer, cluster, *own))
+                batches += batches[-1].offloaded(others)
     every = [*plain, *staged]
     if placing.anywhere is None:
         watch.alike += sum(placing.alike(batch.sizes) for batch in every)
@@ -228,5 +242,13 @@ def price(
         context_heads=np.concatenate(
             [none.astype(np.int64), *(k.context_heads for k in kept)]
         ),
+        offloads=offloads,
+        offload=np.concatenate(
+            [
+                none.astype(np.int64),
+                *(np.full(len(k.sizes), offloads.index(k.offload)) for k in kept),
+            ]
+        ),
+        host_bytes=np.concatenate([none, *(k.host_bytes for k in kept)]),
         staged=tuple(k.staged for k in kept if k.staged),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from autoshard.cost.offload import host_room_bytes
 from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import AutoshardError, InfeasibleError
 from autoshard.plan.cluster import Cluster
@@ -20,6 +21,7 @@ from autoshard.search.divisible import what_fails
 from autoshard.search.explore import Explored
 from autoshard.search.pinning import fixed_fields, opened
 from autoshard.search.priced import Candidates
+from autoshard.search.watch import Watch
 
 _MAX_GROWTH = 4096
 _STORED = "storage.params"
@@ -63,19 +65,21 @@ def _smallest(explored: Explored) -> tuple[Candidates, int]:
     return group, int(np.argmin(group.peak_bytes))
 
 
+def _least_on_host(explored: Explored) -> float:
+    """Bytes in the host's memory, of the candidate that needs the least there."""
+    return min(float(g.host_bytes.min()) for g in explored.groups if len(g.host_bytes))
+
+
 def _fastest(space: Space, strategy: Strategy, cluster: Cluster) -> float | None:
     """Seconds a step of the best that fits, None if nothing does."""
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM
+    watch = Watch(1, capacity, capacity)
     try:
-        groups = space.price(strategy, cluster)
+        for _ in space.priced(strategy, cluster, watch=watch):
+            pass
     except AutoshardError:
         return None
-    times = [
-        float(g.step_s[fits].min())
-        for g in groups
-        if (fits := g.peak_bytes <= capacity).any()
-    ]
-    return min(times, default=None)
+    return watch.fastest_s if np.isfinite(watch.fastest_s) else None
 
 
 def _grown(cluster: Cluster, factor: int) -> Cluster | None:
@@ -129,12 +133,20 @@ def explain_no_fit(
         refused or [(float(group.peak_bytes[k]), group.filled(k))],
         key=lambda found: found[0],
     )
+    if np.isinf(least):
+        held, room = _least_on_host(explored), host_room_bytes(cluster)
+        return (
+            f"no plan of strategy {strategy.name!r} fits {cluster.name}: what it "
+            f"offloads needs {_gib(held)} or more of what a chip has in the host's "
+            f"memory, of which {_gib(room)} can be used. Offload less, take "
+            "offload = 'auto', more chips, or storage over more axes."
+        )
     mesh = " x ".join(f"{a}={n}" for a, n in smallest.mesh.items() if n != 1)
     lines = [
         f"no plan of strategy {strategy.name!r} fits {cluster.name}: the smallest "
         f"({mesh or 'one chip'}, {smallest.schedule.microbatches} microbatches, remat "
-        f"{smallest.schedule.remat}) needs {_gib(least)} a chip, {_gib(capacity)} can "
-        f"be used, {_gib(least - capacity)} are missing."
+        f"{smallest.schedule.remat}{_offloaded(smallest)}) needs {_gib(least)} a chip, "
+        f"{_gib(capacity)} can be used, {_gib(least - capacity)} are missing."
     ]
     if explored.left:
         lines.append(
@@ -189,7 +201,8 @@ def conflicts(
             return set()
         return {tuple(row) for row in rows.tolist()}
 
-    for group in space.priced(opened(strategy, fixed), cluster, keep=strategy):
+    watch, auto = Watch(None, capacity, capacity), opened(strategy, fixed)
+    for group in space.priced(auto, cluster, keep=strategy, watch=watch):
         fits = group.peak_bytes <= capacity
         if not fits.any():
             continue
@@ -220,6 +233,11 @@ def conflicts(
     )
     texts = [f"{key} = {_text(fixed[key])}{strategy.where(key)}" for key in smallest]
     return texts, changes
+
+
+def _offloaded(strategy: Strategy) -> str:
+    kinds = strategy.schedule.offload
+    return f", {' and '.join(kinds)} offloaded" if kinds else ""
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,7 @@ from autoshard.plan.schema import Certificate, ModelRef, Plan
 from autoshard.plan.strategy import Strategy
 from autoshard.search.candidates import Space
 from autoshard.search.explore import Entry, Explored, explore
-from autoshard.search.finish import finish
+from autoshard.search.finish import finish, of_one_microbatch
 from autoshard.search.pinning import with_pins
 from autoshard.search.remedy import explain_indivisible, explain_no_fit
 
@@ -245,7 +245,7 @@ class Solver:
                 self.model_ref,
                 plain,
                 self.space.sketch(schedule.remat)
-                if schedule.microbatches == 1 or schedule.pipeline != "none"
+                if of_one_microbatch(schedule)
                 else None,
             )
             memory = plan.predicted.memory

@@ -310,19 +310,27 @@ def executable(strategy: Strategy) -> Strategy:
         InputError: It fixes something of that.
     """
     strategy = _gathering(strategy)
-    stages = strategy.mesh.get("stage", 1)
-    if stages == 1 or strategy.schedule.pipeline == "none":
-        return strategy
-    if stages != "auto":
+    if strategy.schedule.offload not in ("auto", ()):
         raise InputError(
-            f"stage = {stages}{strategy.where('stage')} is fixed, and plans with "
-            "pipeline stages cannot be run yet; leave it 'auto', or search without "
-            "--executable (executable=True) to have such a plan priced."
+            f"offload = {list(strategy.schedule.offload)}{strategy.where('offload')} "
+            "is fixed, and plans with anything in the host's memory cannot be run yet; "
+            "set offload = [], or search without --executable (executable=True) to "
+            "have such a plan priced."
         )
-    schedule = {"pipeline": "none", "virtual": 1, "vocab": "ends", "blocks": ()}
+    schedule: dict[str, object] = {"offload": ()}
+    mesh, stages = strategy.mesh, strategy.mesh.get("stage", 1)
+    if stages != 1 and strategy.schedule.pipeline != "none":
+        if stages != "auto":
+            raise InputError(
+                f"stage = {stages}{strategy.where('stage')} is fixed, and plans with "
+                "pipeline stages cannot be run yet; leave it 'auto', or search without "
+                "--executable (executable=True) to have such a plan priced."
+            )
+        schedule |= {"pipeline": "none", "virtual": 1, "vocab": "ends", "blocks": ()}
+        mesh = {**mesh, "stage": 1}
     return strategy.model_copy(
         update={
-            "mesh": {**strategy.mesh, "stage": 1},
+            "mesh": mesh,
             "schedule": strategy.schedule.model_copy(update=schedule),
         }
     ).placed(strategy.places)

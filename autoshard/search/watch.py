@@ -18,6 +18,8 @@ class Watch:
         best: How many of the best are wanted, each of another structure or mesh; where
             it is None, those that nothing beats in both time and memory.
         bytes_: Of a chip's memory.
+        enough_bytes: Candidates that need no more are not tried with anything
+            offloaded, which would only make them slower.
         step_s: Seconds a step; may be lowered between two structures.
         visited: Structures looked at.
         alike: Candidates that are what another one is: where two structures differ, the
@@ -25,11 +27,12 @@ class Watch:
         pruned: Candidates that a bound on their time ruled out. One that is ruled out
             in all orders of its axes counts once.
         indivisible: Candidates of which a dim does not divide.
-        too_large: Candidates whose state alone does not fit in memory.
+        too_large: Candidates of which a bound on their memory does not fit.
     """
 
     best: int | None = None
     bytes_: float = float("inf")
+    enough_bytes: float = 0.0
     step_s: float = float("inf")
     visited: int = 0
     alike: int = 0

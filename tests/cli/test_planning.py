@@ -249,14 +249,14 @@ def test_no_time_leaves_structures_and_says_how_good_the_plan_is(best, tmp_path)
 
 def interrupting(monkeypatch, nth):
     """Ctrl-C comes while the nth structure is priced."""
-    price, calls = Pricer.price, itertools.count(1)
+    price, calls = Pricer.price_all, itertools.count(1)
 
     def interrupted(self, *args, **options):
         if next(calls) == nth:
             raise KeyboardInterrupt
         return price(self, *args, **options)
 
-    monkeypatch.setattr(Pricer, "price", interrupted)
+    monkeypatch.setattr(Pricer, "price_all", interrupted)
 
 
 def test_ctrl_c_writes_the_best_so_far(monkeypatch, tmp_path):

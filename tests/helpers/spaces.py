@@ -187,9 +187,21 @@ def written_out(
     pieces = [c for c in range(1, batch + 1) if batch % c == 0 and cuts in ("auto", c)]
     if strategy.schedule.remat != "auto":
         remats = (strategy.schedule.remat,)
-    kinds = _kinds(strategy)
-    for row, cut, remat, axes, stored, kind in itertools.product(
-        meshes, pieces, remats, list(_ruled(strategy)), list(_stored(strategy)), kinds
+    kept = [strategy.schedule.offload]
+    if kept == ["auto"]:
+        kinds = ("optimizer", "params", "activations") if chips.kind == "gpu" else ()
+        kept = [
+            tuple(k for k, here in zip(kinds, chosen, strict=True) if here)
+            for chosen in itertools.product((False, True), repeat=len(kinds))
+        ]
+    for row, cut, remat, axes, stored, kind, offload in itertools.product(
+        meshes,
+        pieces,
+        remats,
+        list(_ruled(strategy)),
+        list(_stored(strategy)),
+        _kinds(strategy),
+        kept,
     ):
         size = dict(zip(AXES, row, strict=True))
         if kind != "all_gather" and size["context"] == 1:
@@ -208,7 +220,10 @@ def written_out(
                     "rules": tuple(Rule(logical=k, axes=v) for k, v in axes.items()),
                     "storage": Storage(**dict(zip(STATES, stored, strict=True))),
                     "schedule": Schedule(
-                        microbatches=cut, remat=remat, context_kind=kind
+                        microbatches=cut,
+                        remat=remat,
+                        context_kind=kind,
+                        offload=offload,
                     ),
                 }
             )
@@ -237,6 +252,7 @@ def active(strategy: Strategy) -> tuple[Any, ...]:
         strategy.schedule.microbatches,
         strategy.schedule.remat,
         strategy.schedule.context_kind,
+        strategy.schedule.offload,
     )
 
 
@@ -310,16 +326,39 @@ class OneByOne:
                 continue  # no attention
             row = np.array([[one.mesh.get(a, 1) for a in AXES]], dtype=np.int64)
             cuts = np.array([one.schedule.microbatches], dtype=np.int64)
+            if not self.has_all(one):
+                continue
             if divisible(pricer, row, cuts, self.batch)[0]:
-                by = self.pricer(one, sizes=True)
+                by, offload = self.pricer(one, sizes=True), one.schedule.offload
                 assert one.order != "auto"
+                assert offload != "auto"
                 price = by.price(
-                    chips, row, cuts.astype(np.float64), orders=rows_of(one.order)
+                    chips,
+                    row,
+                    cuts.astype(np.float64),
+                    orders=rows_of(one.order),
+                    offload=offload,
                 )
                 found.append(
-                    Priced(one, float(price.step_s[0]), float(price.peak_bytes[0]))
+                    Priced(one, float(price.step_s[0]), peak_bytes(price, chips))
                 )
         return found
+
+    def has_all(self, strategy: Strategy) -> bool:
+        """Whether the program has what a strategy without holes offloads."""
+        traced = self.sketches[strategy.schedule.remat].traced
+        there = {info.state for info in traced.inputs}
+        if self.pricer(strategy).work.segments.stashed:
+            there.add("activations")
+        return there.issuperset(strategy.schedule.offload)
+
+
+def peak_bytes(price: Any, chips: Cluster) -> float:
+    """Bytes of the one candidate of a price; none are enough if the host is full."""
+    if not price.offload:
+        return float(price.peak_bytes[0])
+    fits = price.host_bytes[0] <= 0.9 * chips.host_memory_bytes
+    return float(price.peak_bytes[0]) if fits else float("inf")
 
 
 def fitting(priced: list[Priced], chips: Cluster) -> list[Priced]:

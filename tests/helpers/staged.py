@@ -16,7 +16,7 @@ from autoshard.ir.train_step import TrainStep, train_step
 from autoshard.plan.cluster import Cluster, cluster
 from autoshard.plan.strategy import Strategy
 from autoshard.search.divisible import divisible
-from helpers.spaces import OneByOne, of_mesh, rows_of, written_out
+from helpers.spaces import OneByOne, of_mesh, peak_bytes, rows_of, written_out
 
 
 def scanned_mlp(
@@ -126,22 +126,23 @@ def one_by_one(given: Instance) -> list[Found]:
         given.strategy, given.cluster, brute.batch, tuple(brute.sketches)
     ):
         stages, cuts = one.mesh.get("stage", 1), one.schedule.microbatches
+        offload = one.schedule.offload
+        assert offload != "auto"
         assert isinstance(stages, int)
         assert isinstance(cuts, int)
         row = np.array([[one.mesh.get(a, 1) for a in AXES]], dtype=np.int64)
         count = np.array([cuts], dtype=np.int64)
         assert one.order != "auto"
-        order = rows_of(one.order)
-        if stages > given.blocks:
+        more = {"orders": rows_of(one.order), "offload": offload}
+        if stages > given.blocks or not brute.has_all(one):
             continue
         if not divisible(brute.pricer(one), row, count, brute.batch)[0]:
             continue
         pricer = brute.pricer(one, sizes=True)
         if stages == 1:
-            price = pricer.price(given.cluster, row, count.astype(float), orders=order)
-            found.append(
-                Found(one, None, float(price.step_s[0]), float(price.peak_bytes[0]))
-            )
+            price = pricer.price(given.cluster, row, count.astype(float), **more)
+            peak = peak_bytes(price, given.cluster)
+            found.append(Found(one, None, float(price.step_s[0]), peak))
             continue
         for turn in turns(given.strategy):
             if turn.virtual * stages > given.blocks:
@@ -149,14 +150,13 @@ def one_by_one(given: Instance) -> list[Found]:
             if turn.virtual > 1 and cuts % stages:
                 continue
             (price,) = pricer.price_stages(
-                given.cluster, row, count.astype(float), [turn], orders=order
+                given.cluster, row, count.astype(float), [turn], **more
             )
             assert price.cut is not None
             blocks = price.cut.blocks_of(0, given.blocks, stages)
             if min(blocks) < 1:  # fewer blocks than parts
                 continue
-            found.append(
-                Found(one, turn, float(price.step_s[0]), float(price.peak_bytes[0]))
-            )
+            peak = peak_bytes(price, given.cluster)
+            found.append(Found(one, turn, float(price.step_s[0]), peak))
     several = [f for f in found if f.turn is not None]
     return several if wished and several else found

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from autoshard.ir.errors import InputError, NameUnknownError
-from autoshard.plan.chip import Figure, Link, to_toml
+from autoshard.plan.chip import Figure, Host, Link, to_toml
 from autoshard.plan.cluster import Cluster, cluster, load_type, names
 
 TYPES = [
@@ -433,3 +433,30 @@ def test_file_that_is_not_toml_or_not_there_is_said_so(tmp_path):
     folder.mkdir()
     with pytest.raises(InputError, match=r"folder\.toml cannot be read: Is a dir"):
         cluster(str(folder))
+
+
+def test_links_to_the_host_are_those_published():
+    # PCIe of 16 lanes: 8, 16 and 32 GT/s a lane, of which 128/130 is data, about 1, 2
+    # and 4 GB/s each way a lane.
+    for name, lane in (("v100-32g", 1e9), ("a100-80g", 2e9), ("h100", 4e9)):
+        assert cluster(f"{name}:8").chip.host.bytes_per_s.value == 16 * lane
+    # 55.63 of 64 GB/s are reached.
+    assert cluster("h100:8").host_bytes_per_s == pytest.approx(55.63e9, rel=1e-3)
+    # 2 TB for the eight chips of a node.
+    assert 8 * cluster("h100:8").host_memory_bytes == 2e12
+
+
+def test_figures_of_the_host_that_nobody_published_are_errors():
+    v6e = cluster("v6e:2x4")
+    assert v6e.host_lacks == "host.bytes_per_s"
+    assert 8 * v6e.host_memory_bytes == 1536 * 2**30
+    with pytest.raises(
+        InputError, match=r"v6e has no figure host.bytes_per_s.*\[host\]"
+    ):
+        _ = v6e.host_bytes_per_s
+    assert cluster("v4:2x2x1").host_lacks == "host.memory_bytes"
+
+
+def test_the_share_of_a_link_to_the_host_is_a_share():
+    with pytest.raises(ValidationError, match=r"efficiency is 1.5; it is a share"):
+        Host(efficiency=Figure(value=1.5, source="s"))

@@ -5,6 +5,7 @@ from helpers.plans import collective, document, plan, tensor
 
 from autoshard import report
 from autoshard.ir.errors import InputError, NameUnknownError, PlanMismatchError
+from autoshard.plan.schema import HostTable
 from autoshard.report import depth, table
 
 
@@ -189,3 +190,40 @@ def test_ranking_is_in_the_order_given():
     slow["predicted"]["step_s"] = 0.5
     text = table.to_text(table.ranking([plan(), plan(**slow)]))
     assert text.index("10.0 ms") < text.index("500 ms")
+
+
+def offloaded():
+    """A plan that keeps optimizer state of 2 GiB, of 8 GiB there are, on the host."""
+    given = plan()
+    host = HostTable(
+        params=0, optimizer=2 * GIB, activations=0, total=2 * GIB, capacity=8 * GIB
+    )
+    memory = given.predicted.memory.model_copy(update={"host": host})
+    predicted = given.predicted.model_copy(
+        update={"memory": memory, "host_s": 0.002, "step_s": 0.012}
+    )
+    return given.model_copy(update={"predicted": predicted})
+
+
+GIB = 2**30
+
+
+def test_what_is_on_the_host_is_shown():
+    assert report.explain(plan())["predicted"]["memory"]["host"] is None
+    predicted = report.explain(offloaded())["predicted"]
+    host = predicted["memory"]["host"]
+    assert host["parts"] == [{"part": "optimizer", "bytes_": 2 * GIB, "fraction": 0.25}]
+    times = {row["part"]: row["time_s"] for row in predicted["time"]}
+    assert times["host transfers"] == 0.002
+    page = offloaded()._repr_html_()
+    assert "host memory, of 8.00 GiB usable" in page
+    assert page.count("2.00 GiB") == 2  # of optimizer state, and in all
+    assert "host memory" not in plan()._repr_html_()
+
+
+def test_what_is_on_the_host_is_compared():
+    def rows(a, b):
+        return {row["part"]: row for row in report.compare(a, b)["memory"]}
+
+    assert "on the host" not in rows(plan(), plan())
+    assert rows(plan(), offloaded())["on the host"]["difference"] == 2 * GIB

@@ -13,6 +13,7 @@ from autoshard.cost.collectives import Meshes
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
 from autoshard.search.candidates import Space
+from autoshard.search.offloads import least_s
 from autoshard.search.pinning import with_pins
 from autoshard.search.placing import Placing
 from autoshard.search.space import pipelines
@@ -46,7 +47,7 @@ def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
         return group.strategy.rules, group.strategy.schedule
 
     hows = pipelines(strategy)
-    compared = raised = 0
+    compared, raised, tried = 0, 0, set()
     for _, members in itertools.groupby(groups, key=family):
         first, *others = members
         for group in (first, *others):
@@ -58,12 +59,26 @@ def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
                 floor_s = floors.in_stages(first.pricer, *at, whole, hows)
                 assert (floor_s <= group.step_s * (1 + 1e-12)).all(), group.strategy
             raised += int((stored_s > rest_s).sum())
-            floor_bytes = floors.floor_bytes(first.pricer, *at, hows)
-            assert (floor_bytes <= group.peak_bytes * (1 + 1e-12)).all()
-            held = group.pricer.liveness.held_bytes(Meshes(there, group.sizes))
-            held = held / group.sizes[:, 0]  # of stages
-            held += (group.sizes[:, 0] == 1) * floor_bytes
-            assert (held <= group.peak_bytes * (1 + 1e-12)).all(), group.strategy
+            on_chip, moved = (
+                floors.floor_bytes(first.pricer, *at, hows, offloaded=offloaded)
+                for offloaded in (False, True)
+            )
+            for k, offload in enumerate(group.offloads):
+                # What fits its own memory is let through, and not above its own time.
+                here = group.offload == k
+                bound_s = least_s(
+                    group.pricer,
+                    Meshes(there, group.sizes[here]),
+                    (offload,),
+                    group.sizes[here, 0],
+                    floors.in_stages(first.pricer, *at, stored_s, hows)[here],
+                    rest_s[here],
+                    np.stack([on_chip, moved])[:, here],
+                    group.peak_bytes[here] * (1 + 1e-12),
+                )
+                assert (bound_s <= group.step_s[here] * (1 + 1e-12)).all(), offload
+                tried.add(offload)
             compared += len(group.sizes)
     assert compared > 300
     assert raised > 100
+    assert len(tried) == (8 if there.kind == "gpu" else 1)

@@ -67,7 +67,7 @@ def test_enough_time_leaves_nothing(optimum_s):
 @pytest.mark.parametrize("nth", [2, 3, 7])
 def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, nth):
     one = solver()
-    price, calls = Pricer.price, []
+    price, calls = Pricer.price_all, []
 
     def interrupted(self, *args, **how):
         calls.append(self)
@@ -76,7 +76,7 @@ def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, nth):
         return price(self, *args, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pricer, "price", interrupted)
+        patch.setattr(Pricer, "price_all", interrupted)
         explored = one.explored(5)  # as many as `plans` asks for
     assert (explored.why, len(explored.groups)) == ("interrupted", nth - 1)
     best = min(float(g.step_s.min()) for g in explored.groups if len(g.step_s))
@@ -91,14 +91,14 @@ def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, nth):
 def test_an_interruption_of_the_very_last_structure_is_not_complete(
     monkeypatch, optimum_s
 ):
-    price, calls = Pricer.price, []
+    price, calls = Pricer.price_all, []
 
     def counted(self, *args, **how):
         calls.append(self)
         return price(self, *args, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pricer, "price", counted)
+        patch.setattr(Pricer, "price_all", counted)
         solver().explored()
     last = len(calls)
     calls.clear()
@@ -109,7 +109,7 @@ def test_an_interruption_of_the_very_last_structure_is_not_complete(
         return counted(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pricer, "price", interrupted)
+        patch.setattr(Pricer, "price_all", interrupted)
         explored = solver().explored()
     assert explored.left >= 1
     assert explored.lower_bound_s <= optimum_s
@@ -119,7 +119,7 @@ def test_an_interruption_before_anything_was_found_is_passed_on(monkeypatch):
     def interrupted(self, *args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pricer, "price", interrupted)
+    monkeypatch.setattr(Pricer, "price_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         solver().explored()
 

@@ -24,8 +24,9 @@ from autoshard.search import space
 from autoshard.search.candidates import Space
 
 OF_STAGES = ("cut", "slowest_share")
-# No costs of a candidate: what its kernels sum up to is compared; a bound is none.
-APART = ("kernels", "least_s")
+# No costs of a candidate: what its kernels sum up to is compared; a bound is none, and
+# what it offloads is what was asked.
+APART = ("kernels", "least_s", "offload")
 PARTS = [
     f.name for f in dataclasses.fields(Prices) if f.name not in (*OF_STAGES, *APART)
 ]
