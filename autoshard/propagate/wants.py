@@ -25,6 +25,28 @@ from autoshard.rules import FactorRule
 Axes = tuple[str, ...]
 
 
+def rules_of(
+    names: Sequence[str], rules: Iterable[tuple[str, Axes]]
+) -> tuple[list[tuple[int, Axes, str]], Axes]:
+    """The rules for a class of dims, by its logical names.
+
+    Returns:
+        `(order, axes, logical axis)` of those that shard it, of which the first
+        decides; and the axes of its residual rule, none without one.
+    """
+    found: list[tuple[int, Axes, str]] = []
+    weak: Axes = ()
+    for order, (logical, axes) in enumerate(rules):
+        base = logical.removesuffix(RESIDUAL)
+        if base not in names or not axes:
+            continue
+        if base != logical:
+            weak = axes
+        else:
+            found.append((order, axes, logical))
+    return found, weak
+
+
 class Wants:
     """The wishes of a layout for one program.
 
@@ -68,15 +90,9 @@ class Wants:
 
     def _read_rules(self) -> None:
         for cls, names in self.classes.names.items():
-            found: list[tuple[int, Axes, str]] = []
-            for order, (logical, axes) in enumerate(self.layout.rules):
-                base = logical.removesuffix(RESIDUAL)
-                if base not in names or not axes:
-                    continue
-                if base != logical:
-                    self.weak[cls] = axes
-                else:
-                    found.append((order, axes, logical))
+            found, weak = rules_of(names, self.layout.rules)
+            if weak:
+                self.weak[cls] = weak
             if not found:
                 continue
             order, axes, kept = found[0]

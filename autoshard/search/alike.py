@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -10,6 +11,25 @@ from autoshard.ir.mesh import AXES
 from autoshard.ir.trace import Traced
 from autoshard.plan.sharded import ShardedProgram
 from autoshard.plan.strategy import STATES, Strategy
+from autoshard.propagate.wants import rules_of
+
+Names = frozenset[tuple[str, ...]]
+"""The names that classes of dims have, each combination once."""
+
+
+def decided(rules: Iterable[tuple[str, tuple[str, ...]]], names: Names) -> object:
+    """What rules want of a program whose dims have these names.
+
+    A class of dims follows the first rule for one of its names, so that the others may
+    be whatever they like: where heads of keys are tied to those of queries, a rule for
+    them is one of those. `rules_of` reads both this and the wishes of propagation.
+    """
+    rules = list(rules)
+    found = {}
+    for own in names:
+        strong, weak = rules_of(own, rules)
+        found[own] = tuple((order, axes) for order, axes, _ in strong[:1]), weak
+    return frozenset(found.items())
 
 
 def state_dims(sharded: ShardedProgram) -> frozenset[tuple[str, ...]]:
@@ -53,7 +73,8 @@ class Alike:
     """Which meshes make a structure another than all that came before it.
 
     Along an axis of one device nothing is done. So structures are compared as they are
-    without such axes, for every set of axes that some mesh has several devices of.
+    without such axes, for every set of axes that some mesh has several devices of; and
+    by what their rules want of the program, see `decided`.
 
     Args:
         sizes: Of the meshes, int64[mesh, axis].
@@ -67,17 +88,39 @@ class Alike:
             for pattern in patterns.tolist()
         ]
         self._seen: list[set[object]] = [set() for _ in self._active]
+        self._rules: object = None
+        self._wanted: list[object] = []
 
-    def distinct(self, structure: Strategy) -> np.ndarray:
-        """Whether the structure is another one there, bool[mesh]; it is remembered."""
+    def distinct(self, structure: Strategy, names: Names) -> np.ndarray:
+        """Whether the structure is another one there, bool[mesh]; it is remembered.
+
+        Args:
+            structure: It.
+            names: Of the classes of the program that it rematerialises.
+        """
         schedule, storage = structure.schedule, structure.storage
-        fields = [rule.axes for rule in structure.rules]
-        fields += [getattr(storage, state) for state in STATES]
+        states = [getattr(storage, state) for state in STATES]
+        rules = [(rule.logical, rule.axes) for rule in structure.rules]
+        key = tuple(rules), names
+        if self._rules != key:
+            self._rules = key
+            self._wanted = [
+                decided(
+                    ((logical, _along(axes, active)) for logical, axes in rules), names
+                )
+                for active in self._active
+            ]
         new = np.zeros(len(self._active), dtype=bool)
-        for k, active in enumerate(self._active):
+        for k, (active, wanted) in enumerate(
+            zip(self._active, self._wanted, strict=True)
+        ):
             kind = schedule.context_kind if "context" in active else ""
-            axes = tuple(tuple(a for a in own if a in active) for own in fields)
-            found = (schedule.remat, kind, axes)
+            axes = tuple(_along(own, active) for own in states)
+            found = (schedule.remat, kind, wanted, axes)
             new[k] = found not in self._seen[k]
             self._seen[k].add(found)
         return new[self._of_mesh]
+
+
+def _along(axes: Iterable[str], active: frozenset[str]) -> tuple[str, ...]:
+    return tuple(a for a in axes if a in active)

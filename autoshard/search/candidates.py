@@ -246,7 +246,7 @@ class Space:
             sketch = self.sketch(structure.schedule.remat, required=required)
             if sketch is None or not self._attends(structure, sketch, strategy):
                 continue
-            new = alike.distinct(structure)
+            new = alike.distinct(structure, sketch.names)
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
                 first = structure
@@ -300,7 +300,15 @@ class Space:
                     parts.append((pricer, grid[at], cuts[at]))
             propagated = partial(self._pricer, structure, sketch)
             found = price(
-                propagated, structure, cluster, parts, hows, sets, placing, watch
+                propagated,
+                structure,
+                sketch.names,
+                cluster,
+                parts,
+                hows,
+                sets,
+                placing,
+                watch,
             )
             watch.saw(found.sizes, found.step_s, found.peak_bytes)
             yield found

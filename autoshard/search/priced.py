@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from autoshard.cost.stages import Cut
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Strategy
+from autoshard.search.alike import Names, decided
 from autoshard.search.batch import Batch, reorder
 from autoshard.search.placing import Placing
 from autoshard.search.watch import Watch
@@ -30,6 +31,7 @@ class Candidates:
 
     Attributes:
         strategy: The structure.
+        names: Of the classes of dims of its program.
         propagated: What gives it propagated for all axes, and its pricer.
         sizes: Mesh sizes, int64[candidate, axis].
         cuts: Microbatches, int64[candidate].
@@ -47,6 +49,7 @@ class Candidates:
     """
 
     strategy: Strategy
+    names: Names
     propagated: Callable[[], Pricer]
     sizes: np.ndarray
     cuts: np.ndarray
@@ -151,9 +154,16 @@ class Candidates:
             axes = getattr(self.strategy.storage, name)
         else:
             [axes] = [r.axes for r in self.strategy.rules if r.logical == name]
+            if self._wants({name: value}) == self._wants({}):
+                return np.full(len(self.sizes), True)
         apart = frozenset() if axes == value else set(axes) ^ set(value) or set(axes)
         columns = [AXES.index(a) for a in sorted(apart)]
         return (self.sizes[:, columns] == 1).all(axis=1)
+
+    def _wants(self, axes: Mapping[str, Any]) -> object:
+        """What the rules want of the program, with other axes for some of them."""
+        rules = [(r.logical, axes.get(r.logical, r.axes)) for r in self.strategy.rules]
+        return decided(rules, self.names)
 
     def identity(self, k: int) -> Any:
         """What makes a candidate a truly different plan.
@@ -182,6 +192,7 @@ class Candidates:
 def price(
     propagated: Callable[[], Pricer],
     structure: Strategy,
+    names: Names,
     cluster: Cluster,
     parts: Sequence[tuple[Pricer, np.ndarray, np.ndarray]],
     pipelines: Sequence[Pipeline],
@@ -199,6 +210,7 @@ def price(
         propagated: What gives the structure propagated, and its pricer.
         structure: A strategy in which only sizes, microbatches and the order of axes
             are holes.
+        names: Of the classes of dims of its program.
         cluster: Where.
         parts: What prices some candidates, their mesh sizes, int64[candidate, axis],
             and their microbatches, int64[candidate].
@@ -233,6 +245,7 @@ def price(
     none, axes = np.zeros(0), np.zeros((0, len(AXES)), dtype=np.int64)
     return Candidates(
         strategy=structure,
+        names=names,
         propagated=propagated,
         sizes=np.concatenate([axes, *(k.sizes for k in kept)]),
         cuts=np.concatenate([none.astype(np.int64), *(k.cuts for k in kept)]),

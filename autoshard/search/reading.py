@@ -14,6 +14,7 @@ from autoshard.plan.sharded import DimClasses
 from autoshard.plan.strategy import Strategy
 from autoshard.propagate import find_classes
 from autoshard.propagate.classes import Hint
+from autoshard.search.alike import Names
 from autoshard.search.annotations import check_annotations
 from autoshard.search.folding import folded_by
 
@@ -71,6 +72,11 @@ class Sketch:
     def shallow(self) -> Shallow:
         """What is priced in place of the program."""
         return Shallow.of(self.traced, self.classes)
+
+    @cached_property
+    def names(self) -> Names:
+        """The names that its classes of dims have, each combination once."""
+        return frozenset(self.shallow.classes.names.values())
 
 
 def read(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Traced:

@@ -240,7 +240,7 @@ def test_an_order_of_some_axes_leaves_the_others_where_they_are():
         ),
         ("tensor+data", r"order uses mesh axis 'tensor', which \[mesh\] does not name"),
         ("data+data", r"order = \['data', 'data'\] names an axis twice"),
-        (3, r"order = 3 cannot be set: axes are a list of names"),
+        (3, r"order = 3 cannot be set: this is a list of names, or text such as"),
     ],
 )
 def test_orders_that_cannot_be(order, said):
