@@ -199,7 +199,9 @@ class Compute:
                 arithmetic = self._arithmetic(kernel.op, meshes, cuts, rates)
             total = np.maximum(arithmetic, traffic)
             total += rates.exposed * np.minimum(arithmetic, traffic)
-            least = np.maximum(arithmetic, of_batch / rate)
+            of_batch /= rate
+            least = np.maximum(arithmetic, of_batch)
+            least += rates.exposed * np.minimum(arithmetic, of_batch)
             yield KernelTime(
                 kernel,
                 repeats * arithmetic,

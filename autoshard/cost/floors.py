@@ -8,50 +8,50 @@ how state is stored share a bound. What storage moves of state is found apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from autoshard.cost.collectives import Meshes, Rows, Vector
+from autoshard.cost.offload import Offload
 from autoshard.cost.overlap import exposed_s, least_s
 from autoshard.cost.pipeline import Pipeline, bubble_share
 from autoshard.cost.price import Pricer
 from autoshard.cost.rates import Rates
-from autoshard.cost.stages import STAGE, sent_s, waiting
+from autoshard.cost.segments import BLOCK
+from autoshard.cost.stages import PLACES, STAGE, Table, sent_s, waiting
 from autoshard.plan.sharded import OUTPUT
 
+_TINY = np.finfo(float).tiny
 
-def floor_bytes(
-    pricer: Pricer,
-    meshes: Meshes,
-    cuts: Vector,
-    pipelines: Sequence[Pipeline] = (),
-    *,
-    offloaded: bool = False,
-) -> Vector:
-    """Bytes of a chip that a step needs at least, however state is stored.
+_ROUNDING = 1e-9
+"""By so much a bound is no bound, relative to what it is of."""
 
-    A stage that has a part b of the blocks holds no less than b c, where c is what all
-    blocks hold of one microbatch, and of as many others as wait there. As the parts
-    come to the whole, the fullest stage holds no less than 1 / sum(1 / c).
+
+def alive_bytes(
+    pricer: Pricer, meshes: Meshes, cuts: Vector, *, offloaded: bool = False
+) -> Table:
+    """Bytes of a chip that are alive of activations at least, however state is stored.
 
     Args:
         pricer: Of one layout with the rules.
-        meshes: The candidates; where their axes may lie anywhere, the bound is one of
-            all orders.
+        meshes: The candidates.
         cuts: float64[candidate]; microbatches.
-        pipelines: How stages may take turns, where there are several.
         offloaded: Whether what is kept for the backward pass is in the host's memory.
+
+    Returns:
+        With all blocks on every chip, of one microbatch: of the program, of its blocks
+        alone, and what of these waits for the backward pass, float64[3, candidate].
     """
 
-    def floor(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Vector:
-        # Of the program, of its blocks alone, and what of these waits.
-        alive, of_blocks = np.zeros((2, len(pricer.program.ops) + 2, len(part)))
+    def alive(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
+        program, of_blocks = np.zeros((2, len(pricer.program.ops) + 2, len(part)))
         stash = np.zeros(len(part))
         live = pricer.liveness
         for buffer, size, within in live.activations(part, cuts):
             if offloaded and live.is_stash(buffer):
                 continue
-            for table in (alive, of_blocks) if within else (alive,):
+            for table in (program, of_blocks) if within else (program,):
                 table[buffer.begin] += size
                 table[buffer.end + 1] -= size
             if within and live.is_stash(buffer):
@@ -61,28 +61,128 @@ def floor_bytes(
         def peak(table: Vector) -> Vector:
             total = np.cumsum(table, axis=0)
             total[amid] = 0.0
-            return total.max(axis=0)
+            # As long as gradients are summed, see `held_bytes`.
+            return total[:-2].max(axis=0)
 
-        counts = part.product(STAGE)
-        if not pipelines or (counts == 1).all():
-            return peak(alive)
-        # Small enough to be nothing, and large enough to have an inverse that adds up.
-        each = np.maximum(peak(of_blocks), 1e-9)
-        found = np.full(len(part), np.inf)
-        for how in pipelines:
-            first, second, last = (
-                1 / (each + waiting(how, at, counts, cuts) * stash)
-                for at in (0 * counts, 1 + 0 * counts, counts - 1)
-            )
-            # A cut that is fixed may have more blocks in later stages.
-            between = last if how.blocks else second
-            found = np.minimum(found, 1 / (first + (counts - 2) * between + last))
-        return np.where(counts > 1, found, peak(alive))
+        return np.stack([peak(program), peak(of_blocks), stash])
 
-    return pricer.apart(meshes, cuts, floor)
+    return pricer.apart(meshes, cuts, alive)
 
 
-def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector]:
+def held_bytes(
+    pricer: Pricer, meshes: Meshes, cuts: Vector, offload: Offload = ()
+) -> Table:
+    """Bytes of a chip that hold state all along, all blocks on every chip.
+
+    Those are the arguments, and sums of gradients over microbatches.
+
+    Args:
+        pricer: Of the layout.
+        meshes: The candidates.
+        cuts: float64[candidate]; microbatches.
+        offload: What is in the host's memory.
+
+    Returns:
+        Of the program, and of its blocks alone, float64[2, candidate].
+    """
+    of_blocks = np.zeros((PLACES, len(meshes)))
+    of_blocks[BLOCK] = 1.0
+
+    def held(share: Table | None) -> Vector:
+        state = pricer.liveness.state_bytes(meshes, share)
+        sums = pricer.liveness.summed_bytes(meshes, cuts, share)
+        return sums + sum(size for kind, size in state.items() if kind not in offload)
+
+    return np.stack([held(None), held(of_blocks)])
+
+
+def most_blocks(
+    pricer: Pricer,
+    meshes: Meshes,
+    cuts: Vector,
+    how: Pipeline,
+    of_step: Table,
+    limit_s: float | Vector,
+) -> Vector:
+    """How many blocks a stage may have at most in a step that is not too slow.
+
+    Where one of p stages has b of L blocks, which take B of all that is computed, W,
+    the slowest takes X >= b B / L, and waits for a share u of the others:
+
+        step >= X + u (W - X)
+
+    Args:
+        pricer: Of one layout with the rules.
+        meshes: The candidates.
+        cuts: float64[candidate]; microbatches.
+        how: How stages take turns.
+        of_step: W and B from `rest_s`.
+        limit_s: What a step may take.
+    """
+    whole, of_blocks = of_step
+    blocks = float(pricer.work.segments.blocks)
+    zero_bubble = pricer.constants["pipeline.zero_bubble"]
+    share = bubble_share(how.schedule, meshes.product(STAGE), cuts, zero_bubble)
+    wait = share / cuts / how.virtual
+    spare = np.asarray(limit_s - wait * whole)
+    each = (1 - wait) * of_blocks / blocks
+    most = np.clip(spare, 0.0, each * blocks) / np.maximum(each, _TINY)
+    most = np.floor(most * (1 + _ROUNDING) + _ROUNDING)
+    # Where all wait for all, a step takes as long however they share the blocks.
+    return np.where(each > 0, most, np.where(spare >= 0, blocks, 0.0))
+
+
+def room(
+    pricer: Pricer,
+    meshes: Meshes,
+    cuts: Vector,
+    pipelines: Sequence[Pipeline],
+    alive: Table,
+    held: Table,
+    limit_bytes: float | Vector,
+    most: Sequence[Vector] = (),
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Whether chips may be large enough, bool[candidate].
+
+    A stage that has b of L blocks holds b / L of what these hold, and of as many other
+    microbatches as wait there. So every stage has room for so many blocks; all stages
+    together must have room for all of them.
+
+    Args:
+        pricer: Of one layout with the rules.
+        meshes: The candidates.
+        cuts: float64[candidate]; microbatches.
+        pipelines: How stages may take turns; without any, `stage` is an axis like any
+            other.
+        alive: From `alive_bytes`.
+        held: From `held_bytes`.
+        limit_bytes: Of a chip's memory.
+        most: Blocks that a stage may have at most, for each pipeline.
+    """
+    counts, blocks = meshes.product(STAGE), float(pricer.work.segments.blocks)
+    whole, of_blocks, stash = alive
+    one = held[0] + whole <= limit_bytes
+    if not pipelines or (counts == 1).all():
+        return one
+    found = np.zeros(len(meshes), dtype=bool)
+    for k, how in enumerate(pipelines):
+
+        def rooms(at: Vector, how: Pipeline = how, k: int = k) -> Vector:
+            own = held[1] + of_blocks + waiting(how, at, counts, cuts) * stash
+            each = np.maximum(own / blocks, _TINY)
+            own = np.floor(limit_bytes / each * (1 + _ROUNDING))
+            return np.minimum(own, most[k] if most else blocks)
+
+        last = rooms(counts - 1)
+        # A cut that is fixed may have more blocks in later stages.
+        between = last if how.blocks else rooms(1 + 0 * counts)
+        all_stages = rooms(0 * counts) + (counts - 2) * between + last
+        found |= all_stages >= blocks
+    # The fullest stage has no less of all state than the average one.
+    return np.where(counts > 1, found & (held[0] / counts <= limit_bytes), one)
+
+
+def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
     """Seconds of a step at least, however state is stored.
 
     Args:
@@ -92,19 +192,20 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector
         cuts: float64[candidate]; microbatches.
 
     Returns:
-        A bound on all of a step; and one on what storage has no part in, to which what
-        it moves comes.
+        Of all of a step; of what of that blocks compute; and of what it computes that
+        storage has no part in, to which what is moved comes: float64[3, candidate].
     """
 
-    def floor(
-        pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows
-    ) -> tuple[Vector, Vector]:
+    def floor(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
         rates = Rates.of(part.cluster, pricer.constants)
-        whole, rest, between, of_batch = np.zeros((4, len(part)))
+        whole, of_blocks, rest, between = np.zeros((4, len(part)))
+        places = pricer.work.segments.of_op
         attention = [np.zeros(len(part)) for _ in pricer.context.passes]
         for time in pricer.compute.times(part, cuts, rates, update=False):
             whole += time.total_s
             rest += time.least_s
+            if places[time.kernel.op] == BLOCK:
+                of_blocks += time.total_s
             if time.kernel.op in pricer.context.of_op:
                 attention[pricer.context.of_op[time.kernel.op]] += time.total_s
         for each in pricer.context.transfers(part, cuts, attention)[0]:
@@ -117,39 +218,32 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> tuple[Vector, Vector
             if not of_state and move.value not in pricer.work.gradients:
                 for _, time, _, _ in pricer.collective(index, part, cuts):
                     between += time
-                    if pricer.work.batched[move.value]:
-                        of_batch += time
         none = np.zeros(len(part))
         kind, constants = part.cluster.kind, pricer.constants
         whole += exposed_s(kind, constants, none, none, none, between)
-        rest += exposed_s(kind, constants, none, none, none, of_batch)
-        return whole, rest
+        return np.stack([whole, of_blocks, rest])
 
     return pricer.apart(meshes, cuts, floor)
 
 
 def stored_s(pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector) -> Vector:
-    """Seconds of a step at least, with what this layout's storage moves.
+    """Seconds of a step at least, with all that this layout moves.
 
     Args:
         pricer: Of the layout.
         meshes: As in `rest_s`.
         cuts: As in `rest_s`.
-        rest: The second of `rest_s`.
+        rest: The last of `rest_s`.
     """
 
-    def moved(
-        pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows
-    ) -> tuple[Vector, Vector]:
-        ahead, after = np.zeros(len(part)), np.zeros(len(part))
-        for own, indices in ((ahead, pricer.prefetched), (after, pricer.trailing)):
-            for index in sorted(indices):
-                for _, time, _, _ in pricer.collective(index, part, cuts):
-                    own += time
-        return ahead, after
+    def moved(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
+        return pricer.moved_s(part, cuts)
 
-    ahead, after = pricer.apart(meshes, cuts, moved)
-    return least_s(meshes.cluster.kind, pricer.constants, rest, ahead, after)
+    kind, constants = meshes.cluster.kind, pricer.constants
+    ahead, after, between = pricer.apart(meshes, cuts, moved)
+    none = np.zeros(len(meshes))
+    shown = exposed_s(kind, constants, none, none, none, between)
+    return least_s(kind, constants, rest + shown, ahead, after)
 
 
 def in_stages(

@@ -23,6 +23,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
 from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.rules import FactorRule
@@ -115,8 +119,38 @@ def is_optional(op: Op, rule: FactorRule) -> bool:
     return kind in (*_POINTWISE, "matmul") or bool(rule.flops_per_point)
 
 
+def apart(program: Program, rules: Sequence[FactorRule]) -> list[list[Op]]:
+    """Ops of a program by which may have to do with each other in kernels.
+
+    Those are ops of which one makes what the other reads, and ops that read the same;
+    what a loop takes and gives is in memory between them.
+    """
+    ops = [
+        op
+        for op, rule in zip(program.ops, rules, strict=True)
+        if op.primitive in SAME or rule.op_kind not in ("link", "collective")
+    ]
+    count = len(ops) + len(program.values)
+    uses = [
+        (k, len(ops) + v)
+        for k, op in enumerate(ops)
+        for v in (*op.inputs, *op.outputs)
+        if v >= 0
+    ]
+    ends = np.array(uses, dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(uses)), ends), shape=(count, count))
+    _, part = connected_components(graph, directed=False)
+    found: dict[int, list[Op]] = defaultdict(list)
+    for op, own in zip(ops, part[: len(ops)].tolist(), strict=True):
+        found[own].append(op)
+    return list(found.values())
+
+
 def kernels(
-    program: Program, rules: Sequence[FactorRule], needed: Collection[int]
+    program: Program,
+    rules: Sequence[FactorRule],
+    needed: Collection[int],
+    ops: Sequence[Op] | None = None,
 ) -> tuple[Kernel, ...]:
     """The kernels of a program, in the order in which they start.
 
@@ -124,6 +158,7 @@ def kernels(
         program: The program.
         rules: Factor rule per op.
         needed: Values that must exist in memory.
+        ops: Only those of some of its ops, as `apart` finds them.
 
     >>> import numpy as np
     >>> from autoshard.ir.trace import trace
@@ -134,7 +169,7 @@ def kernels(
     ['product']
     """
     fusion = _Fusion(program, rules, needed)
-    return (*fusion.run(), *fusion.copies())
+    return (*fusion.run(program.ops if ops is None else ops), *fusion.copies())
 
 
 class _Fusion:
@@ -161,8 +196,9 @@ class _Fusion:
         # Per value the kernels that read or write it.
         self.touching: dict[int, set[int]] = defaultdict(set)
 
-    def run(self) -> list[Kernel]:
-        for op, rule in zip(self.program.ops, self.rules, strict=True):
+    def run(self, ops: Iterable[Op]) -> list[Kernel]:
+        for op in ops:
+            rule = self.rules[op.index]
             kind = rule.op_kind
             if op.primitive in SAME:
                 for v, result in zip(op.inputs, op.outputs, strict=True):

@@ -125,6 +125,24 @@ class Liveness:
             table[info.state] = table.get(info.state, np.zeros(len(meshes))) + size
         return table
 
+    def summed_bytes(
+        self, meshes: Meshes, cuts: Vector, share: Share | None = None
+    ) -> Vector:
+        """Bytes of gradients on one device in which microbatches are summed.
+
+        Args:
+            meshes: The candidates.
+            cuts: float64[candidate]; microbatches of each.
+            share: As in `memory`.
+        """
+        tiles: dict[_Key, Vector | float] = {}
+        whole = np.zeros(len(meshes))
+        for value in self._gradient_leaves:
+            size = self._whole(value, self.sharded.specs[value], meshes, tiles)
+            size = size * self.work.alike[value]
+            whole += size if share is None else size * share[self._place[value]]
+        return np.where(cuts > 1, whole, 0.0)
+
     def held(self, kind: str, meshes: Meshes, cuts: Vector) -> Held:
         """What of a kind can be offloaded, see `plan.strategy.OFFLOADABLE`."""
         tiles: dict[_Key, Vector | float] = {}
@@ -258,11 +276,7 @@ class Liveness:
                 if waiting is not None and kept:
                     deltas[_STASH][0] += size * waiting
                 live(_STASH if kept else buffer.kind, size, buffer.begin, buffer.end)
-        for value in self._gradient_leaves:
-            size = self._whole(value, self.sharded.specs[value], meshes, tiles)
-            size = size * self.work.alike[value]
-            size = size if share is None else size * share[self._place[value]]
-            live("gradients", np.where(cuts > 1, size, 0.0), 0, count - 3)
+        live("gradients", self.summed_bytes(meshes, cuts, share), 0, count - 3)
         return deltas
 
     def _windows(self, kind: str) -> Iterator[tuple[int, int, int]]:

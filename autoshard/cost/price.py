@@ -6,7 +6,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -496,30 +496,13 @@ class Pricer:
         kind, constants = meshes.cluster.kind, self.constants
         sums = np.zeros((3, PLACES, len(meshes)))
         least = np.zeros((3, len(meshes)))
-        of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
-
-        def add(
-            when: int, place: int, name: str, axes: Sequence[str], *found: Vector
-        ) -> None:
-            time, size, runs = found
+        for when, place, name, axes, time, size, runs in self._sent(
+            meshes, microbatches
+        ):
             sums[when, place] += time
             if free is not None:
                 least[when] += runs * free.time_s(name, frozenset(axes), size)
-
-        for index, move in enumerate(self.moves):
-            when = (
-                AHEAD
-                if index in self.prefetched
-                else AFTER
-                if index in self.trailing
-                else BETWEEN
-            )
-            place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
-            for step, *found in self.collective(index, meshes, microbatches):
-                add(when, place, step.kind, step.axes, *found)
-        for exchange in self.sharded.exchanges:
-            found = self.exchange(exchange, meshes, microbatches)
-            add(BETWEEN, of_op[exchange.op], exchange.kind, exchange.axes, *found)
+        of_op = self.work.segments.of_op
         sent, heads = self.context.transfers(meshes, microbatches, kernels.attention)
         beside, late = (np.zeros((PLACES, len(meshes))) for _ in range(2))
         for each in sent:
@@ -542,6 +525,38 @@ class Pricer:
         # Attention sends in one order alone, see `Placing`.
         shown = least_exposed_s(kind, constants, work, *least) + late.sum(axis=0)
         return parts, shown
+
+    def moved_s(self, meshes: Meshes, microbatches: Vector) -> Table:
+        """Seconds in collectives, hidden or not, but for what attention sends.
+
+        Returns:
+            Those of `AHEAD`, `AFTER` and `BETWEEN`, float64[3, candidate].
+        """
+        sums = np.zeros((3, len(meshes)))
+        for when, _, _, _, time, _, _ in self._sent(meshes, microbatches):
+            sums[when] += time
+        return sums
+
+    def _sent(
+        self, meshes: Meshes, cuts: Vector
+    ) -> Iterator[tuple[int, int, str, Sequence[str], Vector, Vector, Vector]]:
+        """`(when, place, kind, axes, seconds of a step, bytes of a run, runs)`."""
+        of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
+        for index, move in enumerate(self.moves):
+            when = (
+                AHEAD
+                if index in self.prefetched
+                else AFTER
+                if index in self.trailing
+                else BETWEEN
+            )
+            place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
+            for step, time, size, runs in self.collective(index, meshes, cuts):
+                yield when, place, step.kind, step.axes, time, size, runs
+        for exchange in self.sharded.exchanges:
+            time, size, runs = self.exchange(exchange, meshes, cuts)
+            place = of_op[exchange.op]
+            yield BETWEEN, place, exchange.kind, exchange.axes, time, size, runs
 
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
@@ -623,7 +638,7 @@ class Pricer:
         self, index: int, meshes: Meshes, cuts: Vector
     ) -> list[tuple[Step, Vector, Vector, Vector]]:
         """`(step, seconds per step of training, bytes of one run, runs)` of a move."""
-        reshard = self.moves[index]
+        reshard, (steps, apart, rest) = self.moves[index], self._steps[index]
         runs = np.ones(len(meshes))
         if reshard.op == OUTPUT:
             runs = runs * self.work.alike[reshard.value]
@@ -632,19 +647,30 @@ class Pricer:
             runs = runs * self.work.runs[op.index]
             if not self.work.update[op.index]:
                 runs = runs * cuts
-        found = []
-        steps = [(step, runs) for step in steps_of(reshard)]
-        rest = frozenset(reshard.unreduced) - axes_of(reshard.target)
-        if reshard.at_once and rest:  # and there are several devices to sum over
+        several = [(step, runs) for step in steps]
+        if apart:
             summed = runs * (meshes.product(rest) > 1)
-            apart = steps_of(replace(reshard, at_once=False))
-            steps = [(step, summed) for step, _ in steps]
-            steps += [(step, runs - summed) for step in apart]
-        for step, runs in steps:
+            several = [(step, summed) for step in steps]
+            several += [(step, runs - summed) for step in apart]
+        found = []
+        for step, runs in several:
             size = self.local_bytes(reshard.value, step.large, meshes, cuts)
-            axes = frozenset(step.axes)
-            time = runs * meshes.time_s(step.kind, axes, size)
+            time = runs * meshes.time_s(step.kind, frozenset(step.axes), size)
             found.append((step, time, size, runs))
+        return found
+
+    @cached_property
+    def _steps(self) -> list[tuple[list[Step], list[Step], frozenset[str]]]:
+        """Per move its steps; and those where there is nothing left to be summed.
+
+        That is where some axes have one device.
+        """
+        found = []
+        for move in self.moves:
+            rest = frozenset(move.unreduced) - axes_of(move.target)
+            at_once = move.at_once and rest
+            apart = steps_of(replace(move, at_once=False)) if at_once else []
+            found.append((steps_of(move), apart, rest))
         return found
 
     def exchange(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from autoshard.cost.fusion import SAME, Kernel, is_optional, kernels
+from autoshard.cost.fusion import SAME, Kernel, apart, is_optional, kernels
 from autoshard.ir.program import LINK, Program
 from autoshard.rules import FactorRule
 
@@ -42,8 +42,12 @@ class Fusions:
         pairs = zip(program.ops, rules, strict=True)
         optional = (op.outputs for op, rule in pairs if is_optional(op, rule))
         self._optional = {v for results in optional for v in results}
+        self._parts = [
+            (ops, self._optional.intersection(v for op in ops for v in op.outputs))
+            for ops in apart(program, rules)
+        ]
         self._needed: dict[frozenset[int], frozenset[int]] = {}
-        self._found: dict[frozenset[int], tuple[Kernel, ...]] = {}
+        self._found: dict[tuple[int, frozenset[int]], tuple[Kernel, ...]] = {}
         self._one: dict[object, Kernel] = {}
 
     def kernels(self, moved: frozenset[int]) -> tuple[Kernel, ...]:
@@ -55,12 +59,18 @@ class Fusions:
         needed = self._needed.get(moved)
         if needed is None:
             needed = self._needed[moved] = self._must_exist(moved)
-        if needed not in self._found:
-            self._found[needed] = tuple(
+        each = (self._of_part(k, needed) for k in range(len(self._parts)))
+        return tuple(kernel for found in each for kernel in found)
+
+    def _of_part(self, k: int, needed: frozenset[int]) -> tuple[Kernel, ...]:
+        ops, values = self._parts[k]
+        key = k, needed & values
+        if key not in self._found:
+            self._found[key] = tuple(
                 self._one.setdefault(_content(kernel), kernel)
-                for kernel in kernels(self._program, self._rules, needed)
+                for kernel in kernels(self._program, self._rules, key[1], ops)
             )
-        return self._found[needed]
+        return self._found[key]
 
     def _must_exist(self, moved: frozenset[int]) -> frozenset[int]:
         found = self._always | moved

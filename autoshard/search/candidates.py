@@ -7,7 +7,7 @@ is propagated once; all its candidates are priced together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from autoshard.cost import Pricer, floors
-from autoshard.cost.collectives import Meshes
+from autoshard.cost import Pricer
 from autoshard.cost.context import ALL_GATHER
 from autoshard.cost.offload import Offload, Offloading
 from autoshard.cost.pipeline import Pipeline
@@ -33,8 +32,9 @@ from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
 from autoshard.search import space
 from autoshard.search.alike import Alike, felt, state_dims
-from autoshard.search.divisible import batch_divides, divisible
-from autoshard.search.offloads import least_s, offloads
+from autoshard.search.bounds import Family, Wanted, floor_s
+from autoshard.search.divisible import divisible
+from autoshard.search.offloads import offloads
 from autoshard.search.placing import Placing
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.reading import Sketch, fixed_sizes
@@ -236,9 +236,7 @@ class Space:
         batch, hows = self.batch(), self.pipelines(strategy)
         alike = Alike(grid)
         family: Any = None
-        (rest_s, floor_s), floor_bytes = np.zeros((2, 2, len(grid)))
-        known = np.full(len(grid), not bounded)
-        first = strategy
+        bounds, first = Family(grid, cuts, batch), strategy
         for structure in space.structures(strategy, keep):
             watch.visited += 1
             gathers = structure.schedule.context_kind == ALL_GATHER
@@ -250,28 +248,18 @@ class Space:
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
                 first = structure
-                known[:] = False
+                bounds = Family(grid, cuts, batch)
             sets = self.offloads(strategy, cluster, sketch)
-            ask = np.flatnonzero(new & ~known)
-            known[ask] = True
-            if len(ask):
-                pricer = self._pricer(first, sketch)
-                at = grid[ask], cuts[ask], batch, hows, placing, watch.bytes_
-                rest_s[ask], floor_s[ask], floor_bytes[:, ask] = _floors(
-                    pricer, cluster, sets, *at
-                )
-            small = floor_bytes[-1] <= watch.bytes_
-            here = new & small & (floor_s <= watch.step_s)
             watch.alike += int((~new).sum())
-            watch.indivisible += int((new & np.isnan(floor_s)).sum())
-            watch.too_large += int((new & ~small).sum())
-            watch.pruned += int((new & small & (floor_s > watch.step_s)).sum())
-            if not here.any():
+            here = np.flatnonzero(new)
+            if bounded and len(here):
+                wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
+                bounds.find(self._pricer(first, sketch), placing, here, wanted)
+                here = here[watch.lets(bounds.floor_s(here))]
+            if not len(here):
                 continue
             parts = []
-            for active, rows in self._parts(
-                structure, sketch, grid, np.flatnonzero(here)
-            ):
+            for active, rows in self._parts(structure, sketch, grid, here):
                 pricer = self._pricer(structure, sketch, active)
                 fits = divisible(pricer, grid[rows], cuts[rows], batch)
                 watch.indivisible += int((~fits).sum())
@@ -279,24 +267,9 @@ class Space:
                     structure, sketch, active, grid, rows[fits]
                 ):
                     if bounded:
-                        meshes = placing.meshes(grid[at])
-                        own = cuts[at].astype(float)
-                        stored_s = floors.stored_s(pricer, meshes, own, rest_s[at])
-                        bound_s = least_s(
-                            pricer,
-                            meshes,
-                            sets,
-                            grid[at, STAGE] if hows else np.ones(len(at), np.int64),
-                            floors.in_stages(pricer, meshes, own, stored_s, hows),
-                            rest_s[at],
-                            floor_bytes[:, at],
-                            watch.bytes_,
-                        )
-                        small = np.isfinite(bound_s)
-                        fast = bound_s <= watch.step_s
-                        watch.too_large += int((~small).sum())
-                        watch.pruned += int((small & ~fast).sum())
-                        at = at[small & fast]
+                        wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
+                        own = grid[at], cuts[at].astype(float), bounds.floors(at)
+                        at = at[watch.lets(floor_s(pricer, placing, *own, wanted))]
                     parts.append((pricer, grid[at], cuts[at]))
             propagated = partial(self._pricer, structure, sketch)
             found = price(
@@ -464,40 +437,3 @@ def _for_blocks(rows: np.ndarray, strategy: Strategy, segments: Segments) -> np.
             f"stage = {strategy.mesh['stage']}, virtual = {strategy.schedule.virtual}."
         )
     return rows[fits]
-
-
-def _floors(
-    pricer: Pricer,
-    cluster: Cluster,
-    sets: Sequence[Offload],
-    grid: np.ndarray,
-    cuts: np.ndarray,
-    batch: int,
-    pipelines: Sequence[Pipeline],
-    placing: Placing,
-    bytes_: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bounds of all structures with these rules and remat, float64[candidate] each.
-
-    Returns:
-        Seconds beside what storage moves, and of the step, NaN where the batch does not
-        divide, whatever the storage, and infinite where the bytes are too many; and
-        bytes, zero where the batch does not divide, float64[2, candidate]: with what is
-        kept for the backward pass on the chip, and the same without it if it may be in
-        the host's memory.
-    """
-    rest_s, floor_s = np.full((2, len(grid)), np.nan)
-    floor_bytes = np.zeros((2, len(grid)))
-    fits = np.flatnonzero(batch_divides(pricer, grid, cuts, batch))
-    meshes, own = Meshes(cluster, grid[fits]), cuts[fits].astype(float)
-    floor_bytes[:, fits] = floors.floor_bytes(pricer, meshes, own, pipelines)
-    if any("activations" in offload for offload in sets):
-        floor_bytes[1, fits] = floors.floor_bytes(
-            pricer, meshes, own, pipelines, offloaded=True
-        )
-    rest_s[fits] = floor_s[fits] = np.inf
-    small = fits[floor_bytes[1, fits] <= bytes_]
-    meshes, own = placing.meshes(grid[small]), cuts[small].astype(float)
-    whole_s, rest_s[small] = floors.rest_s(pricer, meshes, own)
-    floor_s[small] = floors.in_stages(pricer, meshes, own, whole_s, pipelines)
-    return rest_s, floor_s, floor_bytes

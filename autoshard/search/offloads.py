@@ -1,13 +1,9 @@
-"""What the search may keep in the host's memory, and what that takes at least."""
+"""What the search may keep in the host's memory."""
 
 from __future__ import annotations
 
 import itertools
 
-import numpy as np
-
-from autoshard.cost import Pricer
-from autoshard.cost.collectives import Meshes
 from autoshard.cost.offload import Offload, Offloading
 from autoshard.ir.errors import InputError
 from autoshard.plan.cluster import Cluster
@@ -58,49 +54,3 @@ def offloads(
             "[host] table of a cluster file of your own."
         )
     return (fixed,)
-
-
-def least_s(
-    pricer: Pricer,
-    meshes: Meshes,
-    sets: tuple[Offload, ...],
-    stages: np.ndarray,
-    step_s: np.ndarray,
-    rest_s: np.ndarray,
-    floor_bytes: np.ndarray,
-    limit_bytes: float | np.ndarray,
-) -> np.ndarray:
-    """Seconds a step takes at least, as it has to fit; infinite if it cannot.
-
-    Some state may have to be offloaded for that. The update of a stage takes no less
-    than it takes that state to come in. The bound on what is beside storage has no part
-    of the update in it, and nothing that computation hides: the two add up. The fullest
-    stage has no less state than the average one.
-
-    Args:
-        pricer: Of the structure.
-        meshes: The candidates.
-        sets: What may be offloaded.
-        stages: Of each candidate.
-        step_s: Seconds a step takes at least whatever is offloaded.
-        rest_s: Seconds from `floors.rest_s`.
-        floor_bytes: Of activations at least, float64[2, candidate]: with what is kept
-            for the backward pass on the chip, and without that.
-        limit_bytes: Of a chip's memory.
-    """
-    held = pricer.liveness.state_bytes(meshes)
-    nothing = np.zeros(len(meshes))
-    whole = sum(held.values(), nothing)
-    found = np.full(len(meshes), np.inf)
-    for offload in sets:
-        moved = sum((held.get(kind, nothing) for kind in offload), nothing)
-        # Activations come to it, but may be those of another stage.
-        alive = (stages == 1) * floor_bytes[int("activations" in offload)]
-        fits = (whole - moved) / stages + alive <= limit_bytes
-        bound = step_s
-        if offload:
-            in_s = moved / stages / meshes.cluster.host_bytes_per_s
-            # Of several stages, what the slowest waits for others may hide it.
-            bound = np.maximum(step_s, in_s + (stages == 1) * rest_s)
-        found = np.where(fits, np.minimum(found, bound), found)
-    return found

@@ -78,10 +78,17 @@ class Placing:
         Returns:
             Which mesh each is of, and the order: int64[order], int64[order, place].
         """
-        each = [found[1:] for found in self._each(sizes)]
-        rows = np.repeat(np.arange(len(sizes)), [len(found) for found in each])
-        return rows, np.concatenate([*each, np.zeros((0, len(AXES)), dtype=np.int64)])
+        return _listed([found[1:] for found in self._each(sizes)])
+
+    def all_orders(self, sizes: np.ndarray) -> tuple[Rows, Rows]:
+        """The same, with the first order of each."""
+        return _listed(self._each(sizes))
 
     def _each(self, sizes: np.ndarray) -> list[Rows]:
         assert self.anywhere is not None
         return [self.anywhere.orders(row) for row in self.anywhere.rows(sizes).tolist()]
+
+
+def _listed(each: list[Rows]) -> tuple[Rows, Rows]:
+    rows = np.repeat(np.arange(len(each)), [len(found) for found in each])
+    return rows, np.concatenate([*each, np.zeros((0, len(AXES)), dtype=np.int64)])

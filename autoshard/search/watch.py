@@ -24,8 +24,8 @@ class Watch:
         visited: Structures looked at.
         alike: Candidates that are what another one is: where two structures differ, the
             mesh has one device; or the network does not tell two orders apart.
-        pruned: Candidates that a bound on their time ruled out. One that is ruled out
-            in all orders of its axes counts once.
+        pruned: Candidates that a bound on their time ruled out, or on their memory in
+            so little time. One that is ruled out in all orders of its axes counts once.
         indivisible: Candidates of which a dim does not divide.
         too_large: Candidates of which a bound on their memory does not fit.
     """
@@ -41,6 +41,20 @@ class Watch:
     too_large: int = 0
     _bests: list[float] = field(default_factory=list)
     _front: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((2, 0)))
+
+    def lets(self, floor_s: Vector) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which candidates bounds let through; the others are counted.
+
+        Args:
+            floor_s: Seconds a step takes at least; infinite where no chip is large
+                enough, NaN where the batch does not divide.
+        """
+        divides, small = ~np.isnan(floor_s), floor_s < np.inf
+        self.indivisible += int((~divides).sum())
+        self.too_large += int((divides & ~small).sum())
+        fast = small & (floor_s <= self.step_s)
+        self.pruned += int((small & ~fast).sum())
+        return fast
 
     def saw(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> None:
         """Notes the candidates of a structure.

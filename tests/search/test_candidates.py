@@ -9,11 +9,11 @@ import pytest
 from helpers.equality import abstract_batch, make_step
 
 from autoshard.cost import floors
-from autoshard.cost.collectives import Meshes
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
+from autoshard.search import bounds
+from autoshard.search.bounds import Floors, Wanted
 from autoshard.search.candidates import Space
-from autoshard.search.offloads import least_s
 from autoshard.search.pinning import with_pins
 from autoshard.search.placing import Placing
 from autoshard.search.space import pipelines
@@ -52,29 +52,26 @@ def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
         first, *others = members
         for group in (first, *others):
             cuts = group.cuts.astype(np.float64)
-            at = Placing.of(strategy, there, group.sizes).meshes(group.sizes), cuts
-            whole_s, rest_s = floors.rest_s(first.pricer, *at)
-            stored_s = floors.stored_s(group.pricer, *at, rest_s)
+            placing = Placing.of(strategy, there, group.sizes)
+            free = placing.meshes(group.sizes), cuts
+            found = Floors.of(first.pricer, *free, group.offloads)
+            whole_s, _, rest_s = found.of_step
+            stored_s = floors.stored_s(group.pricer, *free, rest_s)
             for whole in (whole_s, rest_s, stored_s):
-                floor_s = floors.in_stages(first.pricer, *at, whole, hows)
+                floor_s = floors.in_stages(first.pricer, *free, whole, hows)
                 assert (floor_s <= group.step_s * (1 + 1e-12)).all(), group.strategy
             raised += int((stored_s > rest_s).sum())
-            on_chip, moved = (
-                floors.floor_bytes(first.pricer, *at, hows, offloaded=offloaded)
-                for offloaded in (False, True)
-            )
             for k, offload in enumerate(group.offloads):
                 # What fits its own memory is let through, and not above its own time.
                 here = group.offload == k
-                bound_s = least_s(
+                own = (x[here] * (1 + 1e-12) for x in (group.peak_bytes, group.step_s))
+                bound_s = bounds.floor_s(
                     group.pricer,
-                    Meshes(there, group.sizes[here]),
-                    (offload,),
-                    group.sizes[here, 0],
-                    floors.in_stages(first.pricer, *at, stored_s, hows)[here],
-                    rest_s[here],
-                    np.stack([on_chip, moved])[:, here],
-                    group.peak_bytes[here] * (1 + 1e-12),
+                    placing,
+                    group.sizes[here],
+                    cuts[here],
+                    Floors(found.of_step[:, here], found.alive[:, :, here]),
+                    Wanted(hows, (offload,), *own),
                 )
                 assert (bound_s <= group.step_s[here] * (1 + 1e-12)).all(), offload
                 tried.add(offload)
