@@ -7,6 +7,7 @@ how state is stored share a bound. What storage moves of state is found apart.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,26 +46,30 @@ def alive_bytes(
     """
 
     def alive(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
-        program, of_blocks = np.zeros((2, len(pricer.program.ops) + 2, len(part)))
-        stash = np.zeros(len(part))
         live = pricer.liveness
-        for buffer, size, within in live.activations(part, cuts):
-            if offloaded and live.is_stash(buffer):
-                continue
+        found = [
+            each
+            for each in live.activations(part, cuts)
+            if not (offloaded and live.is_stash(each[0]))
+        ]
+        # Most is alive where something new is, but for what is amid others; and as long
+        # as gradients are summed, see `held_bytes`.
+        ends = [k for k in range(len(pricer.program.ops)) if k not in pricer.work.amid]
+        begins = [bisect_left(ends, buffer.begin) for buffer, _, _ in found]
+        points = sorted({ends[k] for k in begins if k < len(ends)})
+        program, of_blocks = np.zeros((2, len(points) + 1, len(part)))
+        stash = np.zeros(len(part))
+        for buffer, size, within in found:
+            begin = bisect_left(points, buffer.begin)
+            end = bisect_right(points, buffer.end)
             for table in (program, of_blocks) if within else (program,):
-                table[buffer.begin] += size
-                table[buffer.end + 1] -= size
+                table[begin] += size
+                table[end] -= size
             if within and live.is_stash(buffer):
                 stash += size
-        amid = sorted(pricer.work.amid)
-
-        def peak(table: Vector) -> Vector:
-            total = np.cumsum(table, axis=0)
-            total[amid] = 0.0
-            # As long as gradients are summed, see `held_bytes`.
-            return total[:-2].max(axis=0)
-
-        return np.stack([peak(program), peak(of_blocks), stash])
+        totals = (np.cumsum(table[:-1], axis=0) for table in (program, of_blocks))
+        peaks = [total.max(axis=0, initial=0.0) for total in totals]
+        return np.stack([*peaks, stash])
 
     return pricer.apart(meshes, cuts, alive)
 
@@ -124,12 +129,15 @@ def most_blocks(
     zero_bubble = pricer.constants["pipeline.zero_bubble"]
     share = bubble_share(how.schedule, meshes.product(STAGE), cuts, zero_bubble)
     wait = share / cuts / how.virtual
-    spare = np.asarray(limit_s - wait * whole)
-    each = (1 - wait) * of_blocks / blocks
-    most = np.clip(spare, 0.0, each * blocks) / np.maximum(each, _TINY)
-    most = np.floor(most * (1 + _ROUNDING) + _ROUNDING)
-    # Where all wait for all, a step takes as long however they share the blocks.
-    return np.where(each > 0, most, np.where(spare >= 0, blocks, 0.0))
+    return _blocks_within(limit_s - wait * whole, (1 - wait) * of_blocks, blocks)
+
+
+def _blocks_within(limit: float | Vector, whole: Vector, blocks: float) -> Vector:
+    """How many of some blocks stay within a limit, where all of them take `whole`."""
+    spare, each = np.asarray(limit), whole / blocks
+    found = np.clip(spare, 0.0, whole) / np.maximum(each, _TINY)
+    found = np.floor(found * (1 + _ROUNDING) + _ROUNDING)
+    return np.where(each > 0, found, np.where(spare >= 0, blocks, 0.0))
 
 
 def room(
@@ -169,9 +177,8 @@ def room(
 
         def rooms(at: Vector, how: Pipeline = how, k: int = k) -> Vector:
             own = held[1] + of_blocks + waiting(how, at, counts, cuts) * stash
-            each = np.maximum(own / blocks, _TINY)
-            own = np.floor(limit_bytes / each * (1 + _ROUNDING))
-            return np.minimum(own, most[k] if most else blocks)
+            own = _blocks_within(limit_bytes, own, blocks)
+            return np.minimum(own, most[k]) if most else own
 
         last = rooms(counts - 1)
         # A cut that is fixed may have more blocks in later stages.

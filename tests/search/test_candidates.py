@@ -38,7 +38,7 @@ PINS = {
 def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
     there = cluster(chips)
     step = make_step(model, scan=True)
-    pins = {**PINS[model], "rules.heads": "tensor", **storage}
+    pins = {**PINS[model], "rules.heads": "tensor", "offload": "auto", **storage}
     strategy = with_pins(load_strategy("auto"), pins)
     space = Space(step, (abstract_batch(),), lambda _: None, strategy)
     groups = space.price(strategy, there)

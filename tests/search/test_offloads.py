@@ -203,8 +203,10 @@ def test_blocks_in_a_loop_can_offload_what_they_keep():
     assert plan.predicted.memory.host.activations == 4 * rows * 16 * 4
 
 
-def test_auto_searches_what_to_offload():
-    assert load_strategy("auto").schedule.offload == "auto"
+def test_what_to_offload_is_searched_where_asked():
+    fixed = load_strategy("auto")
+    assert fixed.schedule.offload == ()
+    assert with_pins(fixed, {"offload": "auto"}).schedule.offload == "auto"
 
 
 def test_a_state_is_named_once():
