@@ -1,4 +1,4 @@
-"""A decoder-only language model for one device: GPT-2, GPT-3, Llama 3 and Mixtral shapes.
+"""A decoder-only language model for one device: GPT, Llama 3 and Mixtral shapes.
 
 Nothing here knows of a mesh. What a planner may use beyond the program itself are the
 logical axis names on the parameters: ``embed heads kv_heads head_dim mlp vocab``,
