@@ -154,9 +154,9 @@ class Wants:
         wants = []
         for d, cls in enumerate(self.classes.of_value[value]):
             want = self.strong.get(cls)
-            if want and shape[d] > 1 and (fixed is None or fixed[d] is None):
-                if used.isdisjoint(want[1]):
-                    wants.append((0, want[0], d, want[1]))
+            open_ = shape[d] > 1 and (fixed is None or fixed[d] is None)
+            if want and open_ and used.isdisjoint(want[1]):
+                wants.append((0, want[0], d, want[1]))
         met = contested(want[1::2] for want in wants)
         if met:
             first = dict(self.claims.get(value, ()))
