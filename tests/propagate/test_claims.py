@@ -116,3 +116,21 @@ def test_width_and_experts_share_two_axes():
     found = specs(sharded)
     assert found["0/up"] == (("tensor", "expert"), (), ())
     assert moved(sharded) == [("all_reduce", "expert+tensor", "bsxc,bxce->bse")]
+
+
+def test_the_router_is_gathered_dim_by_dim():
+    """Its product is the batch's: over `fsdp` and then over `expert` it is made whole.
+
+    XLA's partitioner writes two gathers, see tests/lower/test_collectives.py.
+    """
+
+    def route(weights, batch):
+        router = annotate(weights["router"], None, "expert")
+        return jnp.einsum("bse,ex->bsx", batch["x"], router)
+
+    weights = {"router": shape(EMBED, EXPERTS)}
+    sharded = shard(route, [weights, TOKENS], BOTH, params=("fsdp",))
+    where = "bse,ex->bsx"
+    assert sorted(moved(sharded)) == sorted(
+        [("all_gather", "expert", where), ("all_gather", "fsdp", where)]
+    )

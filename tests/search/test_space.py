@@ -203,7 +203,7 @@ def test_without_experts_nothing_of_auto_is_for_them():
 def test_without_experts_an_axis_that_is_named_has_one_device():
     ep = space.without_experts(load_strategy("ep"))
     assert ep.mesh["expert"] == 1
-    assert dict((r.logical, r.axes) for r in ep.rules)["expert"] == ("expert",)
+    assert {r.logical: r.axes for r in ep.rules}["expert"] == ("expert",)
 
 
 def test_without_experts_what_is_fixed_stays():
