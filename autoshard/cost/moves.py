@@ -37,7 +37,7 @@ def steps_of(reshard: Reshard) -> list[Step]:
     """The collectives that carry out a reshard, in order.
 
     Partial sums are scattered over the axes that the target shards, then summed over
-    the others; an axis that changes dims is exchanged; one that goes is gathered.
+    the others; an axis that changes dims is exchanged; what goes is gathered dim by dim.
     """
     source = {a: d for d, dim in enumerate(reshard.source) for a in dim}
     target = {a: d for d, dim in enumerate(reshard.target) for a in dim}
@@ -61,9 +61,12 @@ def steps_of(reshard: Reshard) -> list[Step]:
     if sliced:
         steps.append(Step("slice", sliced, now))
         now |= set(sliced)
-    gathered = tuple(a for a in AXES if a in source and a not in target)
-    if gathered:
-        steps.append(Step("all_gather", gathered, now - set(gathered)))
+    for d in range(len(reshard.source)):
+        # XLA's partitioner gathers one dim after the other.
+        gathered = tuple(a for a in AXES if source.get(a) == d and a not in target)
+        if gathered:
+            now -= set(gathered)
+            steps.append(Step("all_gather", gathered, now))
     return steps
 
 

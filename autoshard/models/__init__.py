@@ -6,6 +6,7 @@
 """
 
 from autoshard.models.config import DecoderConfig as DecoderConfig
+from autoshard.models.config import Experts as Experts
 from autoshard.models.config import RopeScaling as RopeScaling
 from autoshard.models.config import num_params as num_params
 from autoshard.models.decoder import Block as Block

@@ -4,6 +4,7 @@ Every size that a planner needs (weights, activations, FLOPs) follows from the f
 here, so nothing about a model has to be read back out of arrays.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -62,6 +63,62 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of each block's feed-forward part.
+
+    Every token goes to the ``top_k`` experts that its router rates highest, and their
+    results are added, weighted by its softmax over these. A sequence is cut into
+    groups of tokens, and an expert has the same number of slots for each group
+    (GShard, arXiv:2006.16668, section 2.2): tokens beyond them are dropped, so shapes
+    do not depend on the data. What the router does is kept even by a penalty that is
+    added to the loss (Switch Transformer, arXiv:2101.03961, equation 4).
+
+    Attributes:
+        count: experts of a block.
+        top_k: experts that a token goes to.
+        capacity: slots of an expert over the tokens that it gets on average.
+        group: tokens of a group; a shorter sequence is one group, a longer one must
+            divide into groups.
+        balance: weight of the penalty of one block.
+
+    Raises:
+        ValueError: a field is out of range, or two fields disagree.
+
+    >>> Experts(count=8, top_k=2).slots(512)
+    160
+    """
+
+    count: int
+    top_k: int
+    capacity: float = 1.25
+    group: int = 512
+    balance: float = 0.01
+
+    def __post_init__(self) -> None:
+        for field in ("count", "top_k", "group"):
+            _check_positive_int("Experts", field, getattr(self, field))
+        if self.top_k > self.count:
+            raise ValueError(
+                f"Experts: top_k={self.top_k} exceeds count={self.count}; a token goes "
+                "to each expert at most once"
+            )
+        if self.capacity <= 0:
+            raise ValueError(
+                f"Experts: capacity={self.capacity!r} must be positive; with 1 there "
+                "are just as many slots as tokens to place"
+            )
+        if self.balance < 0:
+            raise ValueError(
+                f"Experts: balance={self.balance!r} must not be negative; 0 leaves the "
+                "penalty out"
+            )
+
+    def slots(self, tokens: int) -> int:
+        """Tokens that an expert takes from a group of ``tokens``."""
+        return math.ceil(tokens * self.top_k * self.capacity / self.count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """Sizes and choices of one decoder-only transformer.
 
@@ -74,13 +131,15 @@ class DecoderConfig:
         kv_heads: key and value heads; divides ``heads`` (fewer is grouped-query
             attention, arXiv:2305.13245).
         head_dim: width of one head; ``heads * head_dim`` need not equal ``embed``.
-        mlp: hidden width of the feed-forward part.
+        mlp: hidden width of the feed-forward part; of one expert, where there are
+            experts.
         max_seq: longest sequence, in tokens.
         norm: ``"rms"`` (arXiv:1910.07467) or ``"layer"`` (arXiv:1607.06450).
         positions: ``"rope"`` (arXiv:2104.09864) or a ``"learned"`` table.
         rope_theta: rotary base; unused with learned positions.
         rope_scaling: Llama 3.1 context stretching, or ``None``.
         activation: ``"swiglu"`` (arXiv:2002.05202) or tanh-approximated ``"gelu"``.
+        experts: what every block has in place of one feed-forward part, or ``None``.
         use_bias: give every linear map and every layer norm a bias.
         tied_head: reuse the token table as the output head.
         norm_eps: added to the variance inside the norms.
@@ -113,6 +172,7 @@ class DecoderConfig:
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
     activation: Activation = "swiglu"
+    experts: Experts | None = None
     use_bias: bool = False
     tied_head: bool = False
     norm_eps: float = 1e-5
@@ -150,6 +210,11 @@ class DecoderConfig:
                 f"{where}: norm_eps={self.norm_eps!r} must be positive; with 0 a "
                 "constant activation divides by zero"
             )
+        if self.experts is not None and self.use_bias:
+            raise ValueError(
+                f"{where}: use_bias=True and experts={self.experts!r}; experts have no "
+                "biases, so leave one of the two out"
+            )
         if self.positions == "rope":
             if self.head_dim % 2:
                 raise ValueError(
@@ -171,7 +236,7 @@ class DecoderConfig:
 def num_params(config: DecoderConfig) -> int:
     """Count the parameters of a decoder in closed form.
 
-    A tied head is counted once.
+    A tied head is counted once, and every expert of a mixture.
 
     >>> from autoshard.models.registry import get
     >>> num_params(get("gpt2-124m"))
@@ -184,6 +249,8 @@ def num_params(config: DecoderConfig) -> int:
     attention += bias * ((c.heads + 2 * c.kv_heads) * c.head_dim + c.embed)
     inputs = 2 if c.activation == "swiglu" else 1
     mlp = (inputs + 1) * c.embed * c.mlp + bias * (inputs * c.mlp + c.embed)
+    if c.experts is not None:
+        mlp = c.experts.count * (mlp + c.embed)  # its column of the router, too
     tables = c.vocab * c.embed * (1 if c.tied_head else 2)
     if c.positions == "learned":
         tables += c.max_seq * c.embed

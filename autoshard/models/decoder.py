@@ -1,8 +1,9 @@
-"""A decoder-only language model for one device: GPT-2, GPT-3 and Llama 3 shapes.
+"""A decoder-only language model for one device: GPT, Llama 3 and Mixtral shapes.
 
 Nothing here knows of a mesh. What a planner may use beyond the program itself are the
 logical axis names on the parameters: ``embed heads kv_heads head_dim mlp vocab``,
-``layers`` on the leading dim of stacked blocks, ``qkv`` on the rows of the attention
+``layers`` on the leading dim of stacked blocks, ``expert`` on what each expert of a
+mixture has of its own, ``qkv`` on the rows of the attention
 bias, and ``position`` on the rows of a learned position table.
 """
 
@@ -23,6 +24,7 @@ from autoshard.models.layers import (
     Rotation,
     rotation_table,
 )
+from autoshard.models.mixture import Mixture
 
 
 class Block(nnx.Module):
@@ -30,20 +32,31 @@ class Block(nnx.Module):
 
     >>> from autoshard.models.registry import get
     >>> make = ParamFactory(rngs=nnx.Rngs(0), dtype=jnp.float32)
-    >>> Block(get("gpt2-tiny"), make)(jnp.ones((2, 5, 64)), None).shape
-    (2, 5, 64)
+    >>> x, penalty = Block(get("gpt2-tiny"), make)(jnp.ones((2, 5, 64)), None)
+    >>> x.shape, penalty
+    ((2, 5, 64), None)
     """
 
     def __init__(self, config: DecoderConfig, make: ParamFactory) -> None:
         self.attention_norm = Norm(config, make)
         self.attention = Attention(config, make)
         self.mlp_norm = Norm(config, make)
-        self.mlp = Mlp(config, make)
+        mixed = config.experts is not None
+        self.mlp = Mixture(config, make) if mixed else Mlp(config, make)
 
-    def __call__(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
-        """Map the residual stream ``x`` ``[b, s, e]`` to its next value."""
+    def __call__(
+        self, x: jax.Array, rotation: Rotation | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Map the residual stream ``x`` ``[b, s, e]`` to its next value.
+
+        Returns:
+            That, and the penalty of its router, float32, where it has one.
+        """
         x += self.attention(self.attention_norm(x), rotation)
-        return x + self.mlp(self.mlp_norm(x))
+        if isinstance(self.mlp, Mlp):
+            return x + self.mlp(self.mlp_norm(x)), None
+        y, penalty = self.mlp(self.mlp_norm(x))
+        return x + y, penalty
 
 
 class Decoder(nnx.Module):
@@ -86,7 +99,7 @@ class Decoder(nnx.Module):
             else make.normal(INIT_STD, embed=config.embed, vocab=config.vocab)
         )
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Predict the token after each position.
 
         Args:
@@ -95,6 +108,8 @@ class Decoder(nnx.Module):
 
         Returns:
             Logits, float32 ``[b, s, vocab]``; position ``i`` sees tokens ``0 .. i``.
+            With experts, also what is to be added to the loss: the penalties of all
+            routers, a float32 scalar.
 
         Raises:
             ValueError: ``tokens`` is not an integer matrix, or is too long.
@@ -116,27 +131,33 @@ class Decoder(nnx.Module):
             )
         else:
             x += self.positions[...][:seq].astype(dtype)[None]
-        x = self._run_blocks(x, rotation)
+        x, penalties = self._run_blocks(x, rotation)
         x = self.final_norm(x)
         if self.head is None:
             form, head = "bse,ve->bsv", self.embedding
         else:
             form, head = "bse,ev->bsv", self.head
-        return jnp.einsum(
+        logits = jnp.einsum(
             form, x, head[...].astype(dtype), preferred_element_type=jnp.float32
         )
+        return logits if penalties is None else (logits, jnp.sum(penalties))
 
-    def _run_blocks(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
+    def _run_blocks(
+        self, x: jax.Array, rotation: Rotation | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The residual stream after all blocks, and the penalty of each, if any."""
         if not isinstance(self.blocks, Block):
+            penalties = []
             for block in self.blocks:
-                x = block(x, rotation)
-            return x
+                x, penalty = block(x, rotation)
+                penalties.append(penalty)
+            return x, jnp.stack(penalties) if self.config.experts else None
         graph, stacked = nnx.split(self.blocks)
 
-        def step(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, layer)(x, rotation), None
+        def step(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, jax.Array | None]:
+            return nnx.merge(graph, layer)(x, rotation)
 
-        return jax.lax.scan(step, x, stacked)[0]
+        return jax.lax.scan(step, x, stacked)
 
 
 def build(config: DecoderConfig, rngs: nnx.Rngs | None = None) -> Decoder:

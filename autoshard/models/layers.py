@@ -1,7 +1,8 @@
 """The parts of a decoder block, as Flax NNX modules for one device.
 
 Shape letters: b batch, s query position, t key position, e embed, h heads,
-k kv_heads, g query heads per key head, d head_dim, m mlp, v vocab.
+k kv_heads, g query heads per key head, d head_dim, m mlp, v vocab; of a mixture of
+experts x expert, n group of a sequence, c slot of an expert.
 
 Weights keep one dim per meaning (a query kernel is ``[embed, heads, head_dim]``), and
 every parameter carries those meanings as logical axis names in its ``out_sharding``
@@ -94,9 +95,9 @@ class Norm(nnx.Module):
             y -= jnp.mean(y, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(variance + self.eps)
-        y *= _use(self.scale, jnp.float32)[None, None]
+        y *= use(self.scale, jnp.float32)[None, None]
         if self.bias is not None:
-            y += _use(self.bias, jnp.float32)[None, None]
+            y += use(self.bias, jnp.float32)[None, None]
         return y.astype(x.dtype)
 
 
@@ -134,7 +135,7 @@ class Attention(nnx.Module):
         k = _linear("bte,ekd->btkd", x, self.k, None)
         v = _linear("bte,ekd->btkd", x, self.v, None)
         if self.qkv_bias is not None:
-            bias = _use(self.qkv_bias, x.dtype)
+            bias = use(self.qkv_bias, x.dtype)
             group = config.group
             q += bias[:, :group].reshape(config.heads, config.head_dim)[None, None]
             k += bias[:, group][None, None]
@@ -148,7 +149,7 @@ class Attention(nnx.Module):
             "bskgd,btkd->bksgt", q, k, preferred_element_type=jnp.float32
         )
         scores = scores * config.head_dim**-0.5 + causal_bias(seq)
-        weights = _softmax(scores).astype(x.dtype)
+        weights = softmax(scores).astype(x.dtype)
         mixed = jnp.einsum("bksgt,btkd->bskgd", weights, v).reshape(heads)
         return _linear("bshd,hde->bse", mixed, self.o, self.o_bias)
 
@@ -156,33 +157,50 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """The feed-forward part: gated (SwiGLU) or plain (GELU, tanh form).
 
+    Args:
+        config: the shape of the model.
+        make: makes its parameters.
+        expert: how many of them there are, stacked on a leading ``expert`` dim; each
+            maps tokens of its own. By default there is one, without that dim.
+
     >>> from autoshard.models.registry import get
     >>> make = ParamFactory(rngs=nnx.Rngs(0), dtype=jnp.float32)
     >>> Mlp(get("llama3-tiny"), make)(jnp.ones((2, 5, 128))).shape
     (2, 5, 128)
     """
 
-    def __init__(self, config: DecoderConfig, make: ParamFactory) -> None:
+    def __init__(
+        self, config: DecoderConfig, make: ParamFactory, **expert: int
+    ) -> None:
         e, m = config.embed, config.mlp
         gated = config.activation == "swiglu"
-        self.gate = make.normal(INIT_STD, embed=e, mlp=m) if gated else None
-        self.up = make.normal(INIT_STD, embed=e, mlp=m)
-        self.down = make.normal(residual_std(config), mlp=m, embed=e)
+        std = INIT_STD
+        self.gate = make.normal(std, **expert, embed=e, mlp=m) if gated else None
+        self.up = make.normal(std, **expert, embed=e, mlp=m)
+        self.down = make.normal(residual_std(config), **expert, mlp=m, embed=e)
         bias = make.zeros if config.use_bias else _absent
         self.gate_bias = bias(mlp=m) if gated else None
         self.up_bias = bias(mlp=m)
         self.down_bias = bias(embed=e)
+        self.stacked = bool(expert)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``x`` ``[b, s, e]``; the result has its shape and dtype."""
-        hidden = _linear("bse,em->bsm", x, self.up, self.up_bias)
+        """Map ``x`` ``[b, s, e]``; the result has its shape and dtype.
+
+        Of several experts ``x`` is ``[x, b, n, c, e]``.
+        """
+        wide, narrow = _EXPERTS if self.stacked else _DENSE
+        hidden = _linear(wide, x, self.up, self.up_bias)
         if self.gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
         else:
-            gate = _linear("bse,em->bsm", x, self.gate, self.gate_bias)
+            gate = _linear(wide, x, self.gate, self.gate_bias)
             hidden *= jax.nn.silu(gate)
-        return _linear("bsm,me->bse", hidden, self.down, self.down_bias)
+        return _linear(narrow, hidden, self.down, self.down_bias)
 
+
+_DENSE = "bse,em->bsm", "bsm,me->bse"
+_EXPERTS = "xbnce,xem->xbncm", "xbncm,xme->xbnce"
 
 INIT_STD = 0.02
 """Standard deviation of fresh weights (Radford et al. 2019; Llama uses the same)."""
@@ -273,21 +291,27 @@ def _absent(**_: int) -> None:
     """Stands in for a parameter maker where the config has no such parameter."""
 
 
-def _softmax(scores: jax.Array) -> jax.Array:
+def softmax(scores: jax.Array) -> jax.Array:
+    """Softmax over the last dim.
+
+    >>> softmax(jnp.zeros((1, 4)))[0].tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
     # The largest score only guards exp against overflow; it cancels in the gradient.
     top = jnp.max(jax.lax.stop_gradient(scores), axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def _use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """The value of a parameter, cast where it is used."""
     return param[...].astype(dtype)
 
 
 def _linear(
     form: str, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None
 ) -> jax.Array:
-    y = jnp.einsum(form, x, _use(kernel, x.dtype))
+    y = jnp.einsum(form, x, use(kernel, x.dtype))
     if bias is not None:
-        y += _use(bias, x.dtype)[None, None]
+        y += use(bias, x.dtype)[None, None]
     return y

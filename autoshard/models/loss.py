@@ -12,12 +12,14 @@ import jax.numpy as jnp
 
 
 def next_token_loss(
-    model: Callable[[jax.Array], jax.Array], batch: Mapping[str, jax.Array]
+    model: Callable[[jax.Array], jax.Array | tuple[jax.Array, jax.Array]],
+    batch: Mapping[str, jax.Array],
 ) -> jax.Array:
     """Mean cross entropy of the targets, in nats per token.
 
     Args:
-        model: maps int32 tokens ``[b, s]`` to float32 logits ``[b, s, vocab]``.
+        model: maps int32 tokens ``[b, s]`` to float32 logits ``[b, s, vocab]``, or to
+            these and a float32 scalar that is added to the loss.
         batch: ``tokens`` and ``targets``, each int32 ``[b, s]``; the targets are the
             tokens one step later. A target outside ``0 .. vocab - 1`` makes the loss
             NaN.
@@ -46,7 +48,8 @@ def next_token_loss(
             f"{list(targets.shape)}; both must be [batch, seq], the targets being the "
             "tokens shifted by one"
         )
-    logits = model(tokens)
+    made = model(tokens)
+    logits, penalty = made if isinstance(made, tuple) else (made, None)
     # The largest logit only guards exp against overflow; it cancels in the gradient.
     top = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
     total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
@@ -56,4 +59,5 @@ def next_token_loss(
     # Without this a stray target would pick nothing and count as a logit of zero.
     known = (targets >= 0) & (targets < logits.shape[-1])
     picked = jnp.where(known, picked, jnp.nan)
-    return jnp.mean(jnp.log(total) + top - picked)
+    loss = jnp.mean(jnp.log(total) + top - picked)
+    return loss if penalty is None else loss + penalty

@@ -7,7 +7,7 @@
 from difflib import get_close_matches
 from typing import Any
 
-from autoshard.models.config import DecoderConfig, RopeScaling
+from autoshard.models.config import DecoderConfig, Experts, RopeScaling
 
 
 def _gpt(
@@ -50,6 +50,12 @@ def _llama3(
     )
 
 
+def _mixtral(name: str, *, group: int, **other: Any) -> DecoderConfig:
+    """Eight experts in every block, of which a token goes to two."""
+    experts = Experts(count=8, top_k=2, group=group)
+    return DecoderConfig(name=name, experts=experts, rope_theta=1e6, **other)
+
+
 # The tiny models differ from their families in sizes only. Heads come in multiples of
 # eight so that they still divide over an eight-wide mesh axis.
 _TINY: dict[str, Any] = {
@@ -80,9 +86,23 @@ _ALL = (
         max_seq=131072,
         rope_scaling=RopeScaling(factor=8.0, original_max_seq=8192),
     ),
+    # Jiang et al. 2024, arXiv:2401.04088, table 1.
+    _mixtral(
+        "mixtral-8x7b",
+        group=512,
+        vocab=32000,
+        layers=32,
+        embed=4096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        mlp=14336,
+        max_seq=32768,
+    ),
     _gpt("gpt2-tiny", layers=4, embed=64, heads=8, **_TINY),
     _gpt("gpt3-tiny", layers=4, embed=128, heads=8, **(_TINY | {"head_dim": 16})),
     _llama3("llama3-tiny", layers=4, embed=128, heads=16, mlp=320, **_TINY),
+    _mixtral("mixtral-tiny", group=16, layers=4, embed=128, heads=16, mlp=160, **_TINY),
 )
 
 PRESETS: dict[str, DecoderConfig] = {config.name: config for config in _ALL}

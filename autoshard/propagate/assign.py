@@ -164,6 +164,7 @@ class _Propagation(Decisions):
             outputs[0] in wants.activations if outputs else False,
             *seen,
             *[state[v] for v in outputs],
+            *([wants.claims.get(v) for v in outputs] if wants.claims else ()),
         )
         if index in self.odd:
             key = (key, self._more(op, rule))

@@ -2,7 +2,9 @@
 
 First comes what the user fixed in mesh axes, then the strategy's rules in their order
 of priority, then the residual rules for activations in which nothing else takes the
-axes. One axis shards one dim of a value, and one factor of an op.
+axes. One axis shards one dim of a value, and one factor of an op. Where rules contest
+an axis, `autoshard.propagate.claims` says which goes first, and the other has the rest
+of its axes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from autoshard.plan.sharded import (
     Dims,
     Layout,
 )
+from autoshard.propagate.claims import claim_of, claims, contested
 from autoshard.rules import FactorRule
 
 Axes = tuple[str, ...]
@@ -53,6 +56,7 @@ class Wants:
     Attributes:
         strong: `(order, axes)` per class that a rule shards.
         weak: Axes per class that a residual rule shards.
+        claims: Per value of which rules contest an axis, which of them goes first.
         activations: Values that are computed from the data inputs.
         manual: Regions in which every device works by itself.
         conflicts: Rules that meet in one class.
@@ -69,6 +73,7 @@ class Wants:
         self.notes: dict[str, None] = {}
         self.asked: set[tuple[int, Axes]] = set()
         self._read_rules()
+        self.claims = claims(self.program, classes, self.strong)
         self.activations = self._reached_by_data()
         named = classes.names
         self._embed_like = {c for c, n in named.items() if "embed" in n}
@@ -152,7 +157,7 @@ class Wants:
 
     # -- values ------------------------------------------------------------------
 
-    def _strong_dims(self, value: int) -> list[Axes]:
+    def _strong_dims(self, value: int, natural: Dims | None) -> list[Axes]:
         """Axes per dim by the rules alone; an axis goes to the first that wants it."""
         shape = self.program.values[value].shape
         fixed = self.classes.fixed.dims.get(value)
@@ -165,13 +170,19 @@ class Wants:
         wants = []
         for d, cls in enumerate(self.classes.of_value[value]):
             want = self.strong.get(cls)
-            if want and shape[d] > 1 and (fixed is None or fixed[d] is None):
-                wants.append((want[0], d, want[1]))
+            open_ = shape[d] > 1 and (fixed is None or fixed[d] is None)
+            if want and open_ and used.isdisjoint(want[1]):
+                wants.append((0, want[0], d, want[1]))
+        met = contested(want[1::2] for want in wants)
+        if met:
+            first = dict(self.claims.get(value, ()))
+            if not first and natural is not None:
+                first = {o: 1 for _, o, d, _ in wants if met & set(natural[d])}
+            wants = [(-first.get(w[1], 0), *w[1:]) for w in wants]
         wants.sort()
-        for _, d, axes in wants:
-            if used.isdisjoint(axes):
-                dims[d] = axes
-                used.update(axes)
+        for *_, d, axes in wants:
+            dims[d] = tuple([a for a in axes if a not in used])
+            used.update(axes)
         return dims
 
     def value_dims(self, value: int, natural: Dims | None) -> Dims:
@@ -195,6 +206,7 @@ class Wants:
             active,
             natural,
             record.region in self.manual,
+            self.claims.get(value),
         )
         found = self._value_memo.get(key)
         if found is None:
@@ -205,7 +217,7 @@ class Wants:
         record = self.program.values[value]
         if record.region in self.manual:
             return ((),) * len(record.shape)
-        dims = self._strong_dims(value)
+        dims = self._strong_dims(value, natural)
         if value not in self.activations or not self.weak:
             return tuple(dims)
         classes = self.classes.of_value[value]
@@ -301,14 +313,17 @@ class Wants:
         wants = []
         for f, cls in enumerate(classes):
             want = self.strong.get(cls)
-            if want and not axes[f] and rule.divisible[f]:
+            if want and not axes[f] and rule.divisible[f] and used.isdisjoint(want[1]):
                 having = sum(_having(rule, operands, f, want[1]))
-                wants.append((want[0], -having, f, want[1]))
+                wants.append((0, want[0], -having, f, want[1]))
+        met = contested((want[1], want[-1]) for want in wants)
+        if met:
+            first = self._first(op, rule, operands, met)
+            wants = [(-first.get(w[1], 0), *w[1:]) for w in wants]
         wants.sort()
         for *_, f, want in wants:
-            if used.isdisjoint(want):
-                axes[f] = want
-                used.update(want)
+            axes[f] = tuple([a for a in want if a not in used])
+            used.update(want)
         for f, cls in enumerate(classes) if self.weak else ():
             want = self.weak.get(cls)
             if want is None or not rule.divisible[f] or not used.isdisjoint(want):
@@ -320,6 +335,28 @@ class Wants:
                 axes[f] = together
                 used.update(want)
         return tuple(axes)
+
+    def _first(
+        self,
+        op: Op,
+        rule: FactorRule,
+        operands: Sequence[tuple[Dims, bool]],
+        met: frozenset[str],
+    ) -> dict[int, int]:
+        """How much rules, by their order, are to go before others in an op.
+
+        In other ops than products those do that have the axes already.
+        """
+        classes = self.classes.of_factor[op.index]
+        if rule.op_kind == "matmul":
+            return dict(claim_of(rule, classes, self.strong))
+        found: dict[int, int] = {}
+        for (spec, counts), dims in zip(operands, rule.operands, strict=True):
+            for axes, dim in zip(spec, dims, strict=True) if counts else ():
+                want = self.strong.get(classes[dim[0]]) if dim else None
+                if want and not met.isdisjoint(axes):
+                    found[want[0]] = found.get(want[0], 0) + 1
+        return found
 
 
 def _having(

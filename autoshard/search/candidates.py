@@ -145,18 +145,25 @@ class Space:
 
         Where it is written for a `stage` axis itself, that is an axis like any other.
         """
+        return () if self._written_for("stage") else space.pipelines(strategy)
+
+    def has_experts(self) -> bool:
+        """Whether a dim is one of experts, or the program uses their axis itself."""
+        sketch = self.sketch("none")
+        assert sketch is not None
+        named = sketch.classes.names.values()
+        return any("expert" in own for own in named) or self._written_for("expert")
+
+    def _written_for(self, axis: str) -> bool:
+        """Whether the program itself says what is done along a mesh axis."""
         sketch = self.sketch("none")
         assert sketch is not None
         aliases = sketch.classes.aliases
-        named = {
-            axis
+        return axis in fixed_sizes(sketch) or any(
+            axis in (dim or ())
             for seed in sketch.traced.seeds
             for dim in seed.canonical(aliases).dims
-            for axis in dim or ()
-        }
-        if "stage" in named or "stage" in fixed_sizes(sketch):
-            return ()
-        return space.pipelines(strategy)
+        )
 
     def offloads(
         self, strategy: Strategy, cluster: Cluster, sketch: Sketch

@@ -14,6 +14,7 @@ from autoshard.search.explore import Entry, Explored, explore
 from autoshard.search.finish import finish, of_one_microbatch
 from autoshard.search.pinning import with_pins
 from autoshard.search.remedy import explain_indivisible, explain_no_fit
+from autoshard.search.space import without_experts
 
 Log = Callable[[str], None]
 
@@ -69,6 +70,9 @@ class Solver:
             for remark in plain.remarks:
                 self.log(remark)
         self.space = space
+        self._asked = strategy
+        if not space.has_experts():
+            self.strategy = without_experts(strategy)
         self._explored: dict[int | None, Explored] = {}
         self._refused: list[tuple[float, Strategy]] = []
 
@@ -82,7 +86,7 @@ class Solver:
             NameUnknownError: No field has a key's name.
             InputError: A value does not suit its field.
         """
-        strategy = with_pins(self.strategy, pins)
+        strategy = with_pins(self._asked, pins)
         # Names and path maps decide how the program is read; with others it is read
         # anew.
         alike = (strategy.specs, strategy.names) == (

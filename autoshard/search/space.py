@@ -22,7 +22,7 @@ from autoshard.plan.strategy import (
     Strategy,
 )
 
-_BATCH_AXES = ("data", "fsdp")
+_BATCH_AXES = ("data", "fsdp", "expert")
 _TENSOR = ("tensor",)
 KNOWN_RULES = (
     "batch", "seq", "heads", "kv_heads", "mlp", "expert", "vocab", "seq.residual",
@@ -38,8 +38,8 @@ def _rule_domain(logical: str, mesh: dict[str, object]) -> list[Axes]:
     if logical == "seq":
         return [tuple(a for a in ("context",) if a in mesh)]
     if logical == "expert":
-        own: list[Axes] = [("expert",)] if "expert" in mesh else []
-        return [*own, *tensor]
+        own = tuple(a for a in ("expert",) if a in mesh)
+        return [(*axes, *own) for axes in reversed(tensor)]
     if logical in KNOWN_RULES:
         return tensor
     raise InputError(
@@ -53,15 +53,16 @@ def _storage_domain(
 ) -> list[Storage]:
     """Storage with its holes filled; state is never sharded less than what it updates.
 
-    Over `fsdp` everything is sharded (ZeRO-3), and over `context`, whose devices hold
-    the same parameters, or not; over `data` nothing, the optimizer (ZeRO-1), or the
-    optimizer and the gradients (ZeRO-2), and over `context` with it. ZeRO-1 and ZeRO-2
+    Over `fsdp` everything is sharded (ZeRO-3), and over `expert` and `context`, whose
+    devices hold the same parameters (but for those of experts), or not; over `data`
+    nothing, the optimizer (ZeRO-1), or the optimizer and the gradients (ZeRO-2), and
+    over `expert` and `context` with it. ZeRO-1 and ZeRO-2
     also in groups of replicas, which are then what `fsdp` counts (Chen et al. 2024,
     arXiv:2401.09149).
     """
     plain = tuple(a for a in ("fsdp",) if a in mesh)
-    whole = tuple(a for a in ("fsdp", "context") if a in mesh)
-    more = tuple(a for a in ("fsdp", "context", "data") if a in mesh)
+    whole = tuple(a for a in ("fsdp", "expert", "context") if a in mesh)
+    more = tuple(a for a in ("fsdp", "expert", "context", "data") if a in mesh)
 
     def options(state: str, *choices: Axes) -> list[Axes]:
         value = getattr(storage, state)
@@ -110,7 +111,8 @@ def _sensible(
 
     Keys and values are heads of attention too: to shard them while queries are whole
     only adds a gather. Attention and the MLP are tensor parallel together or not at
-    all, then the axis is not used; one without the other has to be wished for.
+    all, then the axis is not used; one without the other has to be wished for. Of the
+    MLP either the experts are, or the width of each: an axis shards one dim.
     """
     axes = {rule.logical: rule.axes for rule in chosen}
     # A rule that is as it is to be kept counts as fixed.
@@ -121,9 +123,12 @@ def _sensible(
     }
     if {"heads", "kv_heads"} <= holes and axes["kv_heads"] and not axes["heads"]:
         return False
+    by_expert = "tensor" in axes.get("expert", ())
+    if by_expert and "tensor" in axes.get("mlp", ()) and holes & {"expert", "mlp"}:
+        return False
     if {"heads", "mlp"} <= holes and _TENSOR in _rule_domain("mlp", mesh):
         unused = not any("tensor" in own for own in axes.values())
-        return bool(axes["heads"] and axes["mlp"]) or unused
+        return bool(axes["heads"] and (axes["mlp"] or by_expert)) or unused
     return True
 
 
@@ -155,6 +160,26 @@ def _context_kinds(
 
 REMATS = ("none", "dots", "full")
 """What may be rematerialised, less of it first."""
+
+
+def without_experts(strategy: Strategy) -> Strategy:
+    """A strategy in which nothing is left open for experts.
+
+    Along an axis for them a program that has none would do what it does along `data`.
+    """
+    rules = tuple(r for r in strategy.rules if (r.logical, r.axes) != _OPEN_EXPERTS)
+    mesh = dict(strategy.mesh)
+    if mesh.get("expert") == "auto":
+        fixed = [*(r.axes for r in rules), strategy.order]
+        fixed += [getattr(strategy.storage, state) for state in STATES]
+        if any("expert" in axes for axes in fixed if axes != "auto"):
+            mesh["expert"] = 1
+        else:
+            del mesh["expert"]
+    return strategy.model_copy(update={"rules": rules, "mesh": mesh})
+
+
+_OPEN_EXPERTS = ("expert", "auto")
 
 
 def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Strategy]:

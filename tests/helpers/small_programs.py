@@ -11,7 +11,9 @@ import numpy as np
 import optax
 
 import autoshard as ash
+from autoshard import models
 from autoshard.ir.train_step import TrainStep, train_step
+from autoshard.models import mixture
 from autoshard.plan.cluster import Cluster, cluster
 from autoshard.plan.strategy import Rule, Schedule, Storage, Strategy
 
@@ -42,6 +44,84 @@ def instance(seed: int) -> Instance:
     strategy = _strategy(rng, cluster(chips).num_chips, batch.shape[0])
     about = f"seed {seed}: {ops} on {batch.shape}, {chips}, {strategy!r}"
     return Instance(step, batch, cluster(chips), strategy, about)
+
+
+def with_experts(seed: int) -> Instance:
+    """An instance whose blocks have experts; the same for the same seed."""
+    rng = np.random.default_rng([seed, 7])
+    step, batch, about = _mixture(rng)
+    # Of more chips the spaces are too large to be priced one by one.
+    chips = str(rng.choice(["cpu:2", "cpu:4", "cpu:6", "cpu:8", "h100:8", "v5e:2x4"]))
+    there = cluster(chips)
+    strategy = _strategy(rng, there.num_chips, batch.shape[0])
+    strategy = _for_experts(rng, strategy)
+    about = f"seed {seed}: {about} on {batch.shape}, {chips}, {strategy!r}"
+    return Instance(step, batch, there, strategy, about)
+
+
+def _mixture(rng: Any) -> tuple[TrainStep, jax.ShapeDtypeStruct, str]:
+    """Blocks of one or two products and experts, with a penalty or without."""
+    repeats, width = int(rng.choice([1, 2])), int(rng.choice([4, 8]))
+    size, count = int(rng.choice([4, 8, 12])), int(rng.choice([2, 4, 6, 8]))
+    shape = (int(rng.choice([4, 8, 16])), int(rng.choice([4, 8])), width)
+    how = models.Experts(
+        count=count, top_k=int(rng.choice([1, 2])), balance=float(rng.choice([0, 0.1]))
+    )
+    dense, scanned = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
+    like = {
+        "router": (width, count),
+        "up": (count, width, size),
+        "down": (count, size, width),
+    } | ({"in": (width, size), "out": (size, width)} if dense else {})
+
+    def params(key: Any) -> Any:
+        block = {k: jax.random.normal(key, leaf) for k, leaf in like.items()}
+        if scanned:
+            return jax.tree.map(lambda x: jnp.stack([x] * repeats), block)
+        return [block] * repeats
+
+    def apply(x: Any, block: Any) -> tuple[Any, Any]:
+        if dense:
+            h = ash.annotate(jnp.tanh(x @ block["in"]), "batch", None, "heads")
+            x = x + h @ block["out"]
+        gates = jax.nn.softmax(x @ block["router"], axis=-1)
+        combine, penalty = mixture.route(gates[:, None], how)
+        combine = combine[:, 0]
+        up = ash.annotate(block["up"], "expert", None, "mlp")
+        sent = jnp.einsum("bsxc,bse->xbce", (combine > 0).astype(x.dtype), x)
+        h = jnp.tanh(jnp.einsum("xbce,xem->xbcm", sent, up))
+        y = jnp.einsum("xbcm,xme->xbce", h, block["down"])
+        return x + jnp.einsum("bsxc,xbce->bse", combine, y), penalty
+
+    def loss(blocks: Any, x: Any) -> Any:
+        total = jnp.zeros(())
+        if scanned:
+            x, penalties = jax.lax.scan(apply, x, blocks)
+            total += penalties.sum()
+        else:
+            for block in blocks:
+                x, penalty = apply(x, block)
+                total += penalty
+        return (x**2).mean() + total
+
+    optimizer = optax.adam(1e-3) if rng.random() < 0.5 else optax.sgd(0.1)
+    batch = jax.ShapeDtypeStruct(shape, jnp.float32)
+    about = f"{repeats} x {like}, {how}, scanned {scanned}"
+    return train_step(loss, optimizer, model=params), batch, about
+
+
+def _for_experts(rng: Any, strategy: Strategy) -> Strategy:
+    """A strategy that has the axis of experts, more often than not as a hole."""
+    size = "auto" if rng.random() < 0.8 else 2
+    rule = Rule(logical="expert", axes="auto" if rng.random() < 0.8 else ("expert",))
+    kept = [r for r in strategy.rules if r.logical not in ("seq", "seq.residual")]
+    at = int(rng.integers(0, len(kept) + 1))
+    return strategy.model_copy(
+        update={
+            "mesh": {**strategy.mesh, "expert": size},
+            "rules": (*kept[:at], rule, *kept[at:]),
+        }
+    )
 
 
 def _program(rng: Any) -> tuple[TrainStep, jax.ShapeDtypeStruct, list[str]]:

@@ -90,7 +90,8 @@ def _stored(strategy: Strategy) -> Iterator[tuple[tuple[str, ...], ...]]:
     def of(*names: str) -> tuple[str, ...]:
         return tuple(n for n in names if n in strategy.mesh)
 
-    sharded = of("fsdp"), of("fsdp", "context"), of("fsdp", "context", "data")
+    shared = "fsdp", "expert", "context"
+    sharded = of("fsdp"), of(*shared), of(*shared, "data")
     given = {s: getattr(strategy.storage, s) for s in STATES}
     holes = [s for s in STATES if given[s] == "auto"]
     choices = [
@@ -121,22 +122,27 @@ def _ruled(strategy: Strategy) -> Iterator[dict[str, tuple[str, ...]]]:
         if rule.axes != "auto":
             over = [rule.axes]
         elif rule.logical == "batch":
-            over = [tuple(a for a in ("data", "fsdp") if a in mesh)]
+            over = [tuple(a for a in ("data", "fsdp", "expert") if a in mesh)]
         elif rule.logical == "seq":
             over = [tuple(a for a in ("context",) if a in mesh)]
+        elif rule.logical == "expert" and "expert" in mesh:
+            over = [("expert",), *[("tensor", "expert")] * ("tensor" in mesh)]
         options[rule.logical] = over
     holes = {rule.logical for rule in strategy.rules if rule.axes == "auto"}
     # An axis of one device is best not used at all: such rules stand for their likes.
     spread = sorted(
-        itertools.product(*options.values()), key=lambda rules: ("tensor",) in rules
+        itertools.product(*options.values()),
+        key=lambda rules: any("tensor" in over for over in rules),
     )
     for chosen in spread:
         axes = dict(zip(options, chosen, strict=True))
         used = any("tensor" in over for over in chosen)
         lone = {"heads", "kv_heads"} <= holes and axes["kv_heads"] > axes["heads"]
         together = {"heads", "mlp"} <= holes and "tensor" in mesh
-        both = axes.get("heads") and axes.get("mlp")
-        if not lone and not (together and used and not both):
+        parted = "tensor" in axes.get("expert", ())
+        both = axes.get("heads") and (axes.get("mlp") or parted)
+        twice = parted and axes.get("mlp") and {"expert", "mlp"} & holes
+        if not lone and not twice and not (together and used and not both):
             yield axes
 
 

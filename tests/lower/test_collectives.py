@@ -12,6 +12,7 @@ from helpers.equality import abstract_batch, make_step, pinned
 
 from autoshard.lower import parallelize
 from autoshard.plan.cluster import cluster
+from autoshard.plan.strategy import Rule
 from autoshard.search import search_plans
 
 _OP = re.compile(
@@ -87,11 +88,50 @@ def planned(plan):
 def test_planned_collectives_are_the_emitted_ones(
     name, mesh, scan, order, tmp_path, capfd
 ):
-    step = make_step("llama3-tiny", scan=scan)
     strategy = pinned(name, microbatches=1, remat="none", **mesh)
     strategy = strategy.model_copy(update={"order": order})
+    check_emitted("llama3-tiny", scan, strategy, tmp_path, capfd)
+
+
+BY_WIDTH = {"batch": ("data", "expert"), "expert": ("expert",)}
+BY_EXPERT = {"batch": ("data", "expert"), "expert": ("tensor", "expert"), "mlp": ()}
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "scan", "rules", "sent"),
+    [
+        ("ep", {"data": 2, "fsdp": 1, "expert": 4}, True, {}, 1),
+        ("ep", {"data": 2, "fsdp": 2, "expert": 2}, False, {}, 4),
+        ("megatron-tp", {"data": 1, "expert": 4, "tensor": 2}, True, BY_WIDTH, 2),
+        ("megatron-tp", {"data": 1, "expert": 4, "tensor": 2}, True, BY_EXPERT, 1),
+    ],
+)
+def test_tokens_are_exchanged_between_experts(
+    name, mesh, scan, rules, sent, tmp_path, capfd
+):
+    """Four exchanges a block: there and back, and their gradients.
+
+    Groups of 16 of the 16 x 32 tokens have 5 slots of each of 8 experts, so all tokens
+    that are sent are 32 x 5 x 8 rows of 128 float32. `sent` is how often each device
+    sends its part: for all 4 blocks where they are no scan, whose body is written once;
+    and where `tensor` cuts the width of experts, each of its devices sends what both
+    have.
+    """
+    strategy = pinned(name, microbatches=1, remat="none", **mesh)
+    kept = {r.logical: r.axes for r in strategy.rules if r.logical != "vocab"}
+    axes = {"batch": (), "expert": (), **kept, **rules}
+    new = tuple(Rule(logical=k, axes=v) for k, v in axes.items())
+    strategy = strategy.model_copy(update={"rules": new})
+    got = check_emitted("mixtral-tiny", scan, strategy, tmp_path, capfd)
+    rows = 32 * 5 * 8 // 8  # per device
+    assert got["all-to-all"] == 4 * rows * 128 * 4 * sent
+
+
+def check_emitted(model, scan, strategy, tmp_path, capfd):
+    step = make_step(model, scan=scan)
     [plan] = search_plans(step, (abstract_batch(),), cluster("cpu:8"), strategy)
     got, want = emitted(parallelize(step, plan), tmp_path), planned(plan)
     for kind in set(got) | set(want):
         assert got[kind] == pytest.approx(want[kind], rel=0.01), (kind, got, want)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    return got

@@ -31,6 +31,8 @@ CASES = [
         {"data": 1, "fsdp": 2, "context": 2},
     ),
     ("gpt2-tiny", False, "fsdp-tp-cp", 1, "none", {"data": 1, "fsdp": 1, "tensor": 2}),
+    ("mixtral-tiny", True, "ep", 2, "full", {"data": 2, "fsdp": 1, "expert": 4}),
+    ("mixtral-tiny", False, "ep", 1, "none", {"data": 2, "fsdp": 2, "expert": 2}),
 ]
 
 

@@ -14,6 +14,7 @@ PUBLISHED = {
     "gpt2-124m": 124_439_808,
     "gpt2-1.5b": 1_557_611_200,
     "llama3-8b": 8_030_261_248,
+    "mixtral-8x7b": 46_702_792_704,  # arXiv:2401.04088, section 2, prints 47B
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
     "gpt3-175b": (
@@ -53,6 +54,7 @@ def test_model_has_as_many_parameters_as_its_config_says(name):
         {"tied_head": True},
         {"scan_layers": False},
         {"head_dim": 12, "kv_heads": 2},
+        {"experts": models.Experts(count=3, top_k=1)},
     ],
     ids=repr,
 )
@@ -111,6 +113,26 @@ def test_impossible_rope_scaling_is_refused(change, message):
     fields = {"factor": 8.0, "original_max_seq": 8192} | change
     with pytest.raises(ValueError, match=message):
         models.RopeScaling(**fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 0}, "count=0 must be a positive int"),
+        ({"top_k": 9}, "top_k=9 exceeds count=8"),
+        ({"capacity": 0.0}, r"capacity=0\.0 must be positive"),
+        ({"group": 2.0}, r"group=2\.0 must be a positive int"),
+        ({"balance": -1.0}, r"balance=-1\.0 must not be negative"),
+    ],
+)
+def test_impossible_experts_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        models.Experts(**({"count": 8, "top_k": 2} | change))
+
+
+def test_experts_with_biases_are_refused():
+    with pytest.raises(ValueError, match=r"use_bias=True and experts=Experts\("):
+        replace(models.get("mixtral-tiny"), use_bias=True)
 
 
 def test_unknown_name_gets_the_closest_one_and_the_list():

@@ -38,6 +38,7 @@ CASES = {
     "gpt-grouped-untied": replace(SMALL, **(GPT | {"tied_head": False})),
     "swiglu-with-bias": replace(SMALL, use_bias=True),
 }
+EXPERTS = replace(SMALL, experts=models.Experts(count=3, top_k=2))
 
 
 def pure(model):
@@ -162,9 +163,10 @@ def test_a_token_changes_no_earlier_logits_and_some_later_ones(case):
     assert float(jnp.abs(before[:, 5:] - after[:, 5:]).max(axis=-1).min()) > 1e-3
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt"])
-def test_scanned_and_unrolled_agree_in_value_and_gradient(case):
-    config = CASES[case]
+@pytest.mark.parametrize(
+    "config", [CASES["llama"], CASES["gpt"], EXPERTS], ids=["llama", "gpt", "experts"]
+)
+def test_scanned_and_unrolled_agree_in_value_and_gradient(config):
     flat = randomised(replace(config, scan_layers=False))
     scanned = with_params(config, models.stack_layers(pure(flat)))
     tokens = tokens_for(config)

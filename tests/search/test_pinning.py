@@ -69,7 +69,6 @@ WRONG = [
     ("blocks", "4,x", InputError, r"blocks = '4,x'.*whole number"),
     ("storage.params", "tensr", InputError, r"storage\.params = 'tensr'.*tensor"),
     ("storage.params", "data+data", InputError, r"names an axis twice"),
-    ("rules.mlp", "expert", InputError, r"\[rules\] mlp.*\[mesh\] does not name"),
     ("rules.mlp", 3, InputError, r"rules\.mlp = 3 "),
     ("storage.params", None, InputError, r"storage\.params = None "),
     ("specs.up", 7, InputError, r"specs\.up = 7 "),
@@ -82,6 +81,11 @@ def test_wrong_keys_and_values_say_what_was_passed_and_what_is_allowed(
 ):
     with pytest.raises(error, match=rf"(?s){said}"):
         with_pins(AUTO, {key: value})
+
+
+def test_a_rule_over_an_axis_that_the_mesh_lacks_is_refused():
+    with pytest.raises(InputError, match=r"\[rules\] mlp.*\[mesh\] does not name"):
+        with_pins(load_strategy("dp"), {"rules.mlp": "expert"})
 
 
 @pytest.mark.parametrize("text", ["tensor", "=2", "tensor=", " = ", ""])

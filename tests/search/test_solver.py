@@ -6,14 +6,14 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers.small_programs import instance
+from helpers.small_programs import instance, with_experts
 from helpers.spaces import OneByOne, fitting, small_memory
 
 from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import InfeasibleError
 from autoshard.search.solver import Solver
 
-CI, ALL = range(30), range(200)
+CI, EXPERTS, ALL = range(30), range(10), range(200)
 
 
 def first_different(solver, best, count):
@@ -23,9 +23,8 @@ def first_different(solver, best, count):
     return [entry[0] for entry in entries]
 
 
-def check_exact(seed):
+def check_exact(seed, given):
     """Bounded and exhaustive search and brute force agree; returns the verdict."""
-    given = instance(seed)
     solver = Solver(given.step, (given.batch,), given.cluster, given.strategy)
     brute = OneByOne(given.step, given.batch, given.strategy)
     try:
@@ -61,10 +60,21 @@ def check_exact(seed):
 
 @pytest.mark.parametrize("seed", CI)
 def test_bounded_search_is_exact(seed):
-    check_exact(seed)
+    check_exact(seed, instance(seed))
+
+
+@pytest.mark.parametrize("seed", EXPERTS)
+def test_bounded_search_is_exact_with_experts(seed):
+    check_exact(seed, with_experts(seed))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", ALL[len(CI) :])
 def test_bounded_search_is_exact_at_length(seed):
-    check_exact(seed)
+    check_exact(seed, instance(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ALL[len(EXPERTS) :])
+def test_bounded_search_is_exact_with_experts_at_length(seed):
+    check_exact(seed, with_experts(seed))

@@ -67,27 +67,32 @@ def allowed_rules(mesh, asked, chosen):
                 return False
         elif logical in ("batch", "seq"):
             # All axes of their own that there are.
-            own = ("data", "fsdp") if logical == "batch" else ("context",)
+            own = ("data", "fsdp", "expert") if logical == "batch" else ("context",)
             if axes != tuple(a for a in own if a in mesh):
                 return False
-        elif (
-            axes and axes != ("tensor",) and (logical, axes) != ("expert", ("expert",))
-        ):
+        elif logical == "expert" and "expert" in mesh:
+            # Over the axis that is for them, and `tensor` with it or not.
+            if axes not in (("expert",), ("tensor", "expert")):
+                return False
+        elif axes not in ((), ("tensor",)):
             return False
     holes = {logical for logical, axes in asked.items() if axes == "auto"}
     if {"heads", "kv_heads"} <= holes and chosen["kv_heads"] and not chosen["heads"]:
         return False
+    cut = [n for n in ("mlp", "expert") if "tensor" in chosen.get(n, ())]
+    if len(cut) == 2 and {"mlp", "expert"} & holes:
+        return False
     if {"heads", "mlp"} <= holes and "tensor" in mesh:
         used = any("tensor" in axes for axes in chosen.values())
-        return not used or bool(chosen["heads"] and chosen["mlp"])
+        return not used or bool(chosen["heads"] and cut)
     return True
 
 
 def allowed_storage(mesh, asked, chosen):
     """Whether states are stored as the documents allow."""
     cumulative = [
-        tuple(a for a in ("fsdp", "context", "data")[:n] if a in mesh)
-        for n in (1, 2, 3)
+        tuple(a for a in ("fsdp", "expert", "context", "data")[:n] if a in mesh)
+        for n in (1, 3, 4)
     ]
     holes = [s for s in STATES if asked[s] == "auto"]
     if len(holes) == 3 and "fsdp" in mesh:
@@ -110,13 +115,15 @@ def every(strategy):
     mesh = dict(strategy.mesh)
     asked = {r.logical: r.axes for r in strategy.rules}
     stored = {s: getattr(strategy.storage, s) for s in STATES}
-    names = ("fsdp", "context", "data")
+    names = ("fsdp", "expert", "context", "data")
     sets = {
         tuple(a for a in names if a in mesh and a in chosen)
-        for n in range(4)
+        for n in range(5)
         for chosen in itertools.combinations(names, n)
     }
-    anything = {(), ("data", "fsdp"), *((a,) for a in mesh)}
+    several = [("data", "fsdp", "expert"), ("tensor", "expert")]
+    anything = {tuple(a for a in axes if a in mesh) for axes in several}
+    anything |= {(), *((a,) for a in mesh)}
     remats = ("none", "dots", "full")
     if strategy.schedule.remat != "auto":
         remats = (strategy.schedule.remat,)
@@ -178,6 +185,30 @@ def test_what_is_kept_is_what_opening_some_of_the_fields_gives(seed):
     found = [key(s) for s in space.structures(opened(strategy, fields), strategy)]
     assert len(found) == len(set(found))
     assert set(found) == expected
+
+
+# -- experts -------------------------------------------------------------------------
+
+
+def test_without_experts_nothing_of_auto_is_for_them():
+    auto = space.without_experts(load_strategy("auto"))
+    assert "expert" not in auto.mesh
+    assert "expert" not in [rule.logical for rule in auto.rules]
+    for structure in space.structures(auto):
+        axes = [rule.axes for rule in structure.rules]
+        axes += [getattr(structure.storage, state) for state in STATES]
+        assert not any("expert" in own for own in axes)
+
+
+def test_without_experts_an_axis_that_is_named_has_one_device():
+    ep = space.without_experts(load_strategy("ep"))
+    assert ep.mesh["expert"] == 1
+    assert {r.logical: r.axes for r in ep.rules}["expert"] == ("expert",)
+
+
+def test_without_experts_what_is_fixed_stays():
+    strategy = Strategy(name="s", about="", mesh={"data": "auto", "expert": 2})
+    assert space.without_experts(strategy) == strategy
 
 
 # -- meshes --------------------------------------------------------------------------
