@@ -21,8 +21,11 @@ UPDATE_SCOPE = "autoshard_update"
 """Name scope of what runs once a step, however many microbatches there are."""
 
 
+FEW = "_few"
+"""Where `ir.few` keeps what it makes of a step."""
+
 _OF_MODEL = frozenset(
-    ("_is_nnx", "_from_key", "_from_rngs", "_abstract", "_abstract_state")
+    ("_is_nnx", "_from_key", "_from_rngs", "_abstract", "_abstract_state", FEW)
 )
 """What a `TrainStep` finds out about its model, which no schedule changes."""
 
@@ -143,6 +146,11 @@ class TrainStep:
         params, seen = self._from_key
         return tuple(seen.hints), tuple(dropped(params, seen))
 
+    @property
+    def calls(self) -> Any:
+        """Annotations that were met before the step is traced; None for none."""
+        return None
+
     def init(self, seed: int = 0) -> TrainState:
         """A fresh state; traceable, so it can be jitted with output shardings."""
         key = jax.random.key(seed)
@@ -212,7 +220,7 @@ class TrainStep:
         count = self.microbatches
         if count == 1:
             return one(state.params, state.rest, batch)
-        pieces = jax.tree_util.tree_map_with_path(partial(_cut, count=count), batch)
+        pieces = self.pieces(batch)
 
         def body(carry: Any, piece: Any) -> tuple[Any, None]:
             total, acc, rest = carry
@@ -227,6 +235,11 @@ class TrainStep:
         with jax.named_scope(UPDATE_SCOPE):
             grads = jax.tree.map(lambda g: g / count, acc)
             return total / count, grads, rest
+
+    def pieces(self, batch: Any) -> Any:
+        """The microbatches of a batch, [microbatches, ...] per leaf."""
+        cut = partial(_cut, count=self.microbatches)
+        return jax.tree_util.tree_map_with_path(cut, batch)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """Runs one step on one device: the new state, and loss and gradient norm."""
@@ -268,7 +281,12 @@ def _in_step(params: Any, piece: Any) -> tuple[Any, Any]:
         for k, x in enumerate(leaves)
         if not jnp.issubdtype(x.dtype, jax.dtypes.extended)
     ]
-    params, tied = jax.lax.optimization_barrier((params, [leaves[k] for k in plain]))
+    given = [leaves[k] for k in plain]
+    tied = jax.lax.optimization_barrier(given)
+    # One by one: in one barrier for all, no layer would be wired like another.
+    params = jax.tree.map(
+        lambda x: jax.lax.optimization_barrier((x, given))[0], params
+    )
     for k, leaf in zip(plain, tied, strict=True):
         leaves[k] = leaf
     return params, jax.tree.unflatten(tree, leaves)
