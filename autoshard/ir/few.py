@@ -31,7 +31,7 @@ from autoshard.ir.fold import Folded, fold_by
 from autoshard.ir.program import no_collection
 from autoshard.ir.ties import find_blocks
 from autoshard.ir.trace import Traced, abstract, trace
-from autoshard.ir.train_step import FEW, TrainState, TrainStep, path_string
+from autoshard.ir.train_step import TrainState, TrainStep, path_string
 from autoshard.ir.values import Op, Program, Region, Value
 
 _jaxcompat.hide_from_source_lines(__file__)
@@ -75,15 +75,15 @@ class FewStep(TrainStep):
     """A train step of which a loss of few copies is differentiated and updated.
 
     Attributes:
-        few: What it is part of.
+        part: What it is part of.
     """
 
-    few: Few | None = None
+    part: Few | None = None
 
     @property
     def _own(self) -> Few:
-        assert self.few is not None
-        return self.few
+        assert self.part is not None
+        return self.part
 
     def _loss(self, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
         return self._own.run(params, rest, batch)
@@ -139,7 +139,7 @@ class Few:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the whole step without remat: of what is left, and of what was left out.
+        """Hash of the whole step without remat: of what is left and what is not.
 
         Blind to names and source lines, like that of `ir.program.Program`.
         """
@@ -159,7 +159,7 @@ def few_of(step: TrainStep, batch: Any) -> Few | str:
     Returns:
         The step of few copies; or why there is none, empty where nothing repeats often.
     """
-    cache = step.__dict__.setdefault(FEW, {})
+    cache = step.few
     leaves, tree = jax.tree.flatten(abstract(batch))
     shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
     key = tree, shapes, step.microbatches
@@ -173,16 +173,17 @@ def few_of(step: TrainStep, batch: Any) -> Few | str:
     return cache[key]
 
 
-def fingerprint(step: TrainStep, batch: Any, whole: Callable[[], str]) -> str:
+def fingerprint(step: TrainStep, batch: Any, traced: str) -> str:
     """The fingerprint of a train step, which a plan carries.
 
     Args:
-        step: The step.
+        step: The step, of any schedule.
         batch: Its abstract batch.
-        whole: Makes the fingerprint of the program traced as a whole.
+        traced: That of its program without microbatches and remat, traced as a whole:
+            it is the step's where few copies of its blocks do not stand for all.
     """
     few = few_of(step.with_schedule(microbatches=1, remat="none"), batch)
-    return whole() if isinstance(few, str) else few.fingerprint
+    return traced if isinstance(few, str) else few.fingerprint
 
 
 @no_collection()
@@ -209,9 +210,10 @@ def _few(whole: TrainStep, batch: Any) -> Few | str:
     gone = {s.paths[c][k] for s in stacks for c in range(len(s.paths)) for k in s.gone}
     if len(folded.traced.program.outputs) != len(traced.program.outputs):
         return "copies of the block return something beside what the next one takes"
-    at = {id_: path for id_, path in enumerate(traced.program.input_paths)}
-    left = {at[k] for k, v in enumerate(traced.program.inputs) if v in set(folded.values)}
-    if left | gone != set(at.values()) or left & gone:
+    everything = traced.program.input_paths
+    if {*folded.traced.program.input_paths, *gone} != {*everything} or len(
+        folded.traced.program.inputs
+    ) + len(gone) != len(everything):
         return "copies of the block have inputs that are no parameters"
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: None if f"params/{path_string(path)}" in gone else x,
@@ -291,9 +293,11 @@ def _folded(traced: Traced) -> tuple[Folded, tuple[Stack, ...]]:
         labels = sorted({*family.kept, *family.gone})
         count = len(labels)
         amid = range(_ENDS, count - _ENDS)
-        spread = {
-            amid[(2 * k + 1) * len(amid) // (2 * _AMID)] for k in range(_AMID)
-        } if len(amid) > _AMID else set(amid)
+        spread = (
+            {amid[(2 * k + 1) * len(amid) // (2 * _AMID)] for k in range(_AMID)}
+            if len(amid) > _AMID
+            else set(amid)
+        )
         places = sorted({*range(_ENDS), *spread, *range(count - _ENDS, count)})
         kept = tuple(sorted({*(labels[k] for k in places), *family.kept}))
         gone = family.gone - set(kept)
@@ -323,7 +327,7 @@ def _columns(
 
 
 def _differing_names(folded: Folded, stacks: tuple[Stack, ...]) -> str:
-    """Whether copies run in scopes of other names, in words; empty where they do not."""
+    """Whether copies run in scopes of other names, in words; else nothing."""
     full, blocks = folded.full.program, folded.full.blocks
     for found in blocks.chains:
         stop = found.start + found.period * found.count

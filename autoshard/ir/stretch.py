@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from autoshard.ir.few import Few, Stack, param_in
 from autoshard.ir.fold import Folded, fold_by
 from autoshard.ir.seeds import AnnotationReport
 from autoshard.ir.ties import Chain
-from autoshard.ir.trace import Traced, described, with_state
+from autoshard.ir.trace import InputInfo, Traced, described, with_state
 
 
 class NotAlikeError(Exception):
@@ -48,7 +49,7 @@ class Line:
     whole: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Stretch:
     """A program of few copies, and how it goes on.
 
@@ -56,26 +57,41 @@ class Stretch:
         folded: What is left of it, with the copies that were left out counted.
         lines: Its chains of copies.
         few: What it was traced from.
+        inputs: The flat arguments of the whole step.
     """
 
     folded: Folded
     lines: tuple[Line, ...]
     few: Few
+    inputs: tuple[InputInfo, ...]
+
+    @cached_property
+    def paths(self) -> dict[int, dict[str, str]]:
+        """Per copy that was left out, its parameters by those that stand for them."""
+        found: dict[int, dict[str, str]] = defaultdict(dict)
+        for stack in self.few.stacks:
+            for row in stack.paths:
+                for k in stack.gone:
+                    found[k][row[stack.stand]] = row[k]
+        return dict(found)
 
 
-def fold_few(few: Few, traced: Traced, marks: Sequence[int], order: dict[str, int]) -> Stretch:
+def fold_few(
+    few: Few, traced: Traced, marks: Sequence[int], inputs: tuple[InputInfo, ...]
+) -> Stretch:
     """Folds a program of few copies, and counts those that it was traced without.
 
     Args:
         few: What it was traced from.
         traced: The program.
         marks: As in `ir.fold.fold`.
-        order: Position of each leaf of the whole state, by path.
+        inputs: The flat arguments of the whole step.
 
     Raises:
         NotAlikeError: What is left does not say what the others do.
     """
     survey = Survey(traced, np.asarray(marks, dtype=np.int64))
+    order = {info.path: k for k, info in enumerate(inputs)}
     counted: list[Family] = []
     lines: list[Line] = []
     at = {
@@ -119,13 +135,13 @@ def fold_few(few: Few, traced: Traced, marks: Sequence[int], order: dict[str, in
             raise NotAlikeError(
                 "not all that is done with the parameters of the blocks is alike"
             )
-    return Stretch(fold_by(survey, counted), tuple(lines), few)
+    return Stretch(fold_by(survey, counted), tuple(lines), few, inputs)
 
 
 def of_whole(
     few: Few, traced: Traced, words: Words, specs: SpecMap
-) -> tuple[dict[str, int], AnnotationReport]:
-    """Position of each leaf of the whole state, and the account of all annotations.
+) -> tuple[tuple[InputInfo, ...], AnnotationReport]:
+    """The flat arguments of the whole step, and the account of all annotations.
 
     Args:
         few: What was left out.
@@ -156,7 +172,7 @@ def of_whole(
         replace(c, found=c.found + more[c.kind], reached=c.reached + more[c.kind])
         for c in report.counts
     )
-    return order, replace(report, counts=counts)
+    return inputs, replace(report, counts=counts)
 
 
 def _check_beside(stack: Stack, many: set[int]) -> None:
@@ -344,25 +360,15 @@ def _first(entry: tuple[tuple[int, int, int], str | None, int]) -> tuple[int, in
     return entry[0]
 
 
-def renamed(stretch: Stretch) -> dict[int, dict[str, str]]:
-    """Per copy that was left out, its parameters by those of the copy that stands.
+def path_with(text: str, paths: Mapping[str, str]) -> str:
+    """A text whose last word is the path of a leaf, with another parameter in it.
 
-    Both without the head `params`, as they stand in the paths of other leaves too.
+    >>> path_with("gradient of params/b/3/up", {"params/b/3/up": "params/b/8/up"})
+    'gradient of params/b/8/up'
     """
-    found: dict[int, dict[str, str]] = defaultdict(dict)
-    for stack in stretch.few.stacks:
-        for row in stack.paths:
-            for k in stack.gone:
-                found[k][row[stack.stand]] = row[k]
-    return dict(found)
-
-
-def with_paths(text: str, paths: Mapping[str, str]) -> str:
-    """A text whose last word is a path, that of another copy in its place."""
     head, space, path = text.rpartition(" ")
     owner = param_in(path, paths)
     if owner is None:
         return text
     cut = len(path) - len(owner.removeprefix("params/"))
     return f"{head}{space}{path[:cut]}{paths[owner].removeprefix('params/')}"
-

@@ -21,11 +21,8 @@ UPDATE_SCOPE = "autoshard_update"
 """Name scope of what runs once a step, however many microbatches there are."""
 
 
-FEW = "_few"
-"""Where `ir.few` keeps what it makes of a step."""
-
 _OF_MODEL = frozenset(
-    ("_is_nnx", "_from_key", "_from_rngs", "_abstract", "_abstract_state", FEW)
+    ("_is_nnx", "_from_key", "_from_rngs", "_abstract", "_abstract_state")
 )
 """What a `TrainStep` finds out about its model, which no schedule changes."""
 
@@ -84,11 +81,17 @@ class TrainStep:
         """The same step with another accumulation and rematerialisation."""
         other = replace(self, microbatches=microbatches, remat=remat)
         # The model is the same: what is known of it need not be found out again.
+        other.__dict__["few"] = self.few
         for name in _OF_MODEL & self.__dict__.keys():
             other.__dict__[name] = self.__dict__[name]
         return other
 
     # -- model -------------------------------------------------------------------
+
+    @cached_property
+    def few(self) -> dict[Any, Any]:
+        """What `ir.few` makes of the step, by batch and number of microbatches."""
+        return {}
 
     def _build(self, key: Any) -> Any:
         return build(lambda: self.model(nnx.Rngs(key) if self._is_nnx else key), None)[
@@ -284,9 +287,7 @@ def _in_step(params: Any, piece: Any) -> tuple[Any, Any]:
     given = [leaves[k] for k in plain]
     tied = jax.lax.optimization_barrier(given)
     # One by one: in one barrier for all, no layer would be wired like another.
-    params = jax.tree.map(
-        lambda x: jax.lax.optimization_barrier((x, given))[0], params
-    )
+    params = jax.tree.map(lambda x: jax.lax.optimization_barrier((x, given))[0], params)
     for k, leaf in zip(plain, tied, strict=True):
         leaves[k] = leaf
     return params, jax.tree.unflatten(tree, leaves)

@@ -96,6 +96,13 @@ class Sketch:
                     why = str(error)
             if why:
                 log(f"every copy of the blocks is traced, which takes longer: {why}")
+        return Sketch.of_whole(fn, args, strategy, plain)
+
+    @staticmethod
+    def of_whole(
+        fn: Any, args: tuple[Any, ...], strategy: Strategy, plain: Sketch | None = None
+    ) -> Sketch:
+        """The same with all copies traced, however many they are."""
         traced = read(fn, args, strategy)
         remarks = check_annotations(traced, strategy)
         return Sketch(traced, classes_of(traced, strategy, plain), remarks)
@@ -107,12 +114,26 @@ class Sketch:
         step = few.step(remat)
         words = Words(frozenset(strategy.names), strategy.aliases)
         traced = read(step, (few.batch,), strategy)
-        order, annotations = of_whole(few, traced, words, strategy.specs)
+        inputs, annotations = of_whole(few, traced, words, strategy.specs)
         traced = replace(traced, annotations=annotations)
         remarks = check_annotations(traced, strategy)
         classes = classes_of(traced, strategy, plain)
-        stretch = fold_few(few, traced, marks(traced, classes), order)
+        if classes.fixed.conflicts:
+            raise NotAlikeError("annotations of it are at odds with each other")
+        stretch = fold_few(few, traced, marks(traced, classes), inputs)
         return Sketch(traced, classes, remarks, stretch)
+
+    def named(self, plain: Sketch, strategy: Strategy) -> Sketch:
+        """The same with the names that the plain step gives; see `classes_of`.
+
+        Raises:
+            NotAlikeError: With them, copies of few are not alike.
+        """
+        classes, stretch = classes_of(self.traced, strategy, plain), self.stretch
+        if stretch is not None:
+            known = marks(self.traced, classes)
+            stretch = fold_few(stretch.few, self.traced, known, stretch.inputs)
+        return Sketch(self.traced, classes, self.remarks, stretch)
 
     @cached_property
     def shallow(self) -> Shallow:
