@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,9 +36,9 @@ from autoshard.ir.values import Op, Program, Region, Value
 
 _jaxcompat.hide_from_source_lines(__file__)
 
-_ENDS = 4
-"""Copies kept at each end: `ir.fold` keeps up to three of a chain for what is otherwise
-there, and what is amid the others must begin beside what was left out."""
+_ENDS = 5
+"""Copies kept at each end: some of them are unlike the others (the first needs no
+gradient of what it is fed with), and `ir.fold` keeps two more."""
 
 _AMID = 3
 """Copies kept between them, spread over all: an optimizer that treats some layers in
@@ -121,6 +121,7 @@ class Few:
             that stands for it.
         calls: Annotations met while the loss was traced.
         batch: The abstract batch, all microbatches together.
+        read: What `ir.stretch` reads of the whole step, by what it is read with.
     """
 
     whole: TrainStep
@@ -130,6 +131,7 @@ class Few:
     stands: dict[str, str]
     calls: Calls
     batch: Any
+    read: dict[Any, Any] = field(default_factory=dict)
 
     def step(self, remat: str) -> FewStep:
         """The step, with as many microbatches as the whole, and with remat."""

@@ -27,6 +27,9 @@ from autoshard.ir.seeds import AnnotationReport
 from autoshard.ir.ties import Chain
 from autoshard.ir.trace import InputInfo, Traced, described, with_state
 
+_ENDS = 2
+"""Copies at each end of a chain that may be unlike those amid them."""
+
 
 class NotAlikeError(Exception):
     """Copies of a step cannot stand for those that were left out; says why."""
@@ -105,13 +108,19 @@ def fold_few(
         owner = param_in(info.path, at)
         if owner is not None:
             owners[v] = at[owner]
+    params = {
+        v
+        for v, info in zip(traced.program.inputs, traced.inputs, strict=True)
+        if info.state == "params"
+    }
     roots = survey.roots
     for plan in survey.families():
         mine = np.isin(roots, plan.chains)
         labels: dict[int, set[tuple[Stack, int]]] = defaultdict(set)
         for v, owner in owners.items():
             cls = int(survey.classes[v])
-            if cls >= 0 and mine[cls]:
+            # Other chains may count from one layer on: only parameters say which.
+            if v in params and cls >= 0 and mine[cls]:
                 labels[int(survey.labels[v])].add(owner)
         stacks = {stack for found in labels.values() for stack, _ in found}
         many = plan.gone | {plan.stand}
@@ -123,15 +132,22 @@ def fold_few(
         number = {label: next(iter(found))[1] for label, found in labels.items()}
         if not many <= number.keys():
             raise NotAlikeError("a copy of the block has no parameter")
-        _check_beside(stack, {number[label] for label in many})
+        rows = [survey.chains[c].labels.tolist() for c in plan.chains]
+        ends = {k for row in rows for k in (*row[:_ENDS], *row[-_ENDS:])}
+        _check_amid(
+            stack,
+            {number[label] for label in many},
+            {number[label] for label in ends if label in number},
+        )
         _check_made(survey, plan)
         counted.append(replace(plan, count=plan.count + len(stack.gone)))
         for c in plan.chains:
             lines.append(_line(survey.chains[c], stack, number, order))
     folded = {c for plan in counted for c in plan.chains}
-    for v in owners:
+    for v, (stack, k) in owners.items():
         cls = int(survey.classes[v])
-        if cls < 0 or int(roots[cls]) not in folded:
+        amid = stack.gone[0] - 1 <= k <= stack.gone[-1] + 1
+        if amid and (cls < 0 or int(roots[cls]) not in folded):
             raise NotAlikeError(
                 "not all that is done with the parameters of the blocks is alike"
             )
@@ -154,6 +170,22 @@ def of_whole(
             stand for them.
         InputError: An annotation does not fit what it annotates.
     """
+    inputs, more = _whole(few, words, specs)
+    report = traced.annotations
+    counts = tuple(
+        replace(c, found=c.found + more[c.kind], reached=c.reached + more[c.kind])
+        for c in report.counts
+    )
+    return inputs, replace(report, counts=counts)
+
+
+def _whole(
+    few: Few, words: Words, specs: SpecMap
+) -> tuple[tuple[InputInfo, ...], Counter[str]]:
+    """The flat arguments, and how many annotations were left out, by kind."""
+    key = words.logical, tuple(words.aliases.items()), repr(specs)
+    if key in few.read:
+        return few.read[key]
     inputs, reading = described(few.whole, with_state(few.whole, (few.batch,)), words)
     order = {info.path: k for k, info in enumerate(inputs)}
     seeds = {seed.value: seed.dims for seed in seeds_of_paths(inputs, specs)}
@@ -167,22 +199,22 @@ def of_whole(
             raise NotAlikeError(f"the path map fixes {path} otherwise than {stand}")
         more.update({n.kind for n in reading.notes.get(one, ()) if n.counted})
         more.update([KIND] if one in seeds else [])
-    report = traced.annotations
-    counts = tuple(
-        replace(c, found=c.found + more[c.kind], reached=c.reached + more[c.kind])
-        for c in report.counts
-    )
-    return inputs, replace(report, counts=counts)
+    few.read[key] = inputs, more
+    return inputs, more
 
 
-def _check_beside(stack: Stack, many: set[int]) -> None:
-    """What was left out must lie between copies that are alike."""
-    for one, two in zip(stack.kept, stack.kept[1:], strict=False):
-        if two > one + 1 and not {one, two} <= many:
-            raise NotAlikeError(
-                f"copies {one} and {two} of the block are not alike, and those between "
-                "them may be like neither"
-            )
+def _check_amid(stack: Stack, many: set[int], ends: set[int]) -> None:
+    """Copies amid those that were left out must be alike, but for ends of chains.
+
+    Args:
+        stack: The copies.
+        many: Those that are alike.
+        ends: Those at an end of some chain, which may be unlike others for that; where
+            layers are updated in another order than they run in, they may be any.
+    """
+    for k in stack.kept:
+        if stack.gone[0] - 1 <= k <= stack.gone[-1] + 1 and k not in many | ends:
+            raise NotAlikeError(f"copy {k} of the block is unlike others")
 
 
 def _check_made(survey: Survey, plan: Family) -> None:
