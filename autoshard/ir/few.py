@@ -88,16 +88,16 @@ class FewStep(TrainStep):
     def _loss(self, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
         return self._own.run(params, rest, batch)
 
-    @property
+    @cached_property
     def _abstract_state(self) -> TrainState:
         return self._own.state
 
-    @property
+    @cached_property
     def variables(self) -> Any:
         """Those of the whole step; paths that are left out are never asked for."""
         return self._own.whole.variables
 
-    @property
+    @cached_property
     def remarks(self) -> Any:
         """Those of the whole step."""
         return self._own.whole.remarks

@@ -142,7 +142,9 @@ def fold_few(
         _check_made(survey, plan)
         counted.append(replace(plan, count=plan.count + len(stack.gone)))
         for c in plan.chains:
-            lines.append(_line(survey.chains[c], stack, number, order))
+            line = _line(survey.chains[c], stack, number, order)
+            _check_numbers(traced, line, at)
+            lines.append(line)
     folded = {c for plan in counted for c in plan.chains}
     for v, (stack, k) in owners.items():
         cls = int(survey.classes[v])
@@ -224,6 +226,20 @@ def _check_made(survey: Survey, plan: Family) -> None:
     inside &= np.isin(survey.labels, list(plan.gone | {plan.stand})) & (made >= 0)
     if not np.isin(survey.chain_of[made[inside]], plan.chains).all():
         raise NotAlikeError("something is made for each copy of the block apart")
+
+
+def _check_numbers(
+    traced: Traced, line: Line, at: Mapping[str, tuple[Stack, int]]
+) -> None:
+    """Gradients in a copy must be of the layer that the copy is counted as."""
+    found = line.chain
+    for place, copy in enumerate(line.own):
+        begin = found.start + place * found.period
+        for op in traced.program.ops[begin : begin + found.period]:
+            if op.primitive == "autoshard_annotate" and op.params["role"]:
+                owner = at.get(op.params["path"])
+                if owner is not None and owner[1] != copy:
+                    raise NotAlikeError("the backward pass is cut between other layers")
 
 
 def _line(

@@ -84,8 +84,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize(("remat", "microbatches"), [("none", 1), ("none", 4)])
 @pytest.mark.parametrize("count", [16, 30])
 def test_all_ops_of_the_whole_are_counted_and_addressed(count, remat, microbatches):
     step = step_of(numbered(count))
@@ -144,10 +143,9 @@ def test_what_a_kept_copy_stands_for_is_a_copy_of_it():
     assert seen == len(expected.ops)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradients_name_the_parameter_of_their_copy(remat):
+def test_gradients_name_the_parameter_of_their_copy():
     step = step_of({f"layer_{k}": layer_of() for k in range(20)})
-    found, expected = stretch(step, remat), whole(step, remat).program
+    found, expected = stretch(step), whole(step).program
     marked = {
         op.address: op.params["path"]
         for op in expected.ops
@@ -267,6 +265,11 @@ def test_a_norm_that_clips_all_gradients_is_told():
     clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     with pytest.raises(NotAlikeError, match="not all that is done"):
         stretch(step_of(numbered(20), optimizer=clipped))
+
+
+def test_a_backward_pass_that_counts_from_another_layer_is_told():
+    with pytest.raises(NotAlikeError, match="cut between other layers"):
+        stretch(step_of(numbered(20)), remat="full")
 
 
 def test_the_owner_of_a_moment_is_found_by_its_path():
