@@ -89,14 +89,18 @@ def fold(traced: Traced, marks: Sequence[int]) -> Folded:
     (10, 200, 96)
     """
     survey = Survey(traced, np.asarray(marks, dtype=np.int64))
-    plans = survey.families()
-    return _Folding(survey, plans).run() if plans else unfolded(traced)
+    return fold_by(survey, survey.families())
+
+
+def fold_by(survey: Survey, families: Sequence[Family]) -> Folded:
+    """Leaves out the copies that families of chains say are to go."""
+    return _Folding(survey, families).run() if families else unfolded(survey.traced)
 
 
 class _Folding:
     """Building the program that is left."""
 
-    def __init__(self, survey: Survey, plans: list[Family]) -> None:
+    def __init__(self, survey: Survey, plans: Sequence[Family]) -> None:
         self.survey = survey
         self.full = survey.traced
         self.plan_of = {c: plan for plan in plans for c in plan.chains}

@@ -152,25 +152,13 @@ def trace(
     >>> [i.path for i in traced.inputs], len(traced.program.ops)
     (['0', 'batch'], 2)
     """
-    args = tuple(args)
-    if isinstance(fn, TrainStep):
-        if len(args) == 1:
-            args = (fn.abstract_state(), *args)
-        if len(args) != 2:
-            raise InputError(
-                f"a TrainStep takes (batch) or (state, batch); got {len(args)} "
-                "arguments."
-            )
-    elif not args:
-        raise InputError(
-            "trace needs the function's abstract arguments, the batch last; got none."
-        )
-    abstract_args = tuple(abstract(a) for a in args)
-    inputs = tuple(_inputs(fn, abstract_args))
+    args = with_state(fn, args)
     words = Words(frozenset(logical), aliases or {})
-    reading = _read(fn, args, inputs, words)
-    inputs = tuple(_named(i, reading.notes.get(k)) for k, i in enumerate(inputs))
+    inputs, reading = described(fn, args, words)
+    abstract_args = tuple(abstract(a) for a in args)
     jaxpr, out, calls = _jaxpr(fn, args, abstract_args)
+    if isinstance(fn, TrainStep):
+        calls = fn.calls or calls
     paths = tuple(i.path for i in inputs)
     try:
         program = build(jaxpr, paths)
@@ -195,6 +183,44 @@ def trace(
         annotations=account.report(reading, calls),
         mesh_sizes={a: n for r in program.regions for a, n in r.manual.items()},
     )
+
+
+def with_state(fn: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments, the state of a `TrainStep` among them.
+
+    Raises:
+        InputError: They are too few or too many.
+    """
+    args = tuple(args)
+    if isinstance(fn, TrainStep):
+        if len(args) == 1:
+            args = (fn.abstract_state(), *args)
+        if len(args) != 2:
+            raise InputError(
+                f"a TrainStep takes (batch) or (state, batch); got {len(args)} "
+                "arguments."
+            )
+    elif not args:
+        raise InputError(
+            "trace needs the function's abstract arguments, the batch last; got none."
+        )
+    return args
+
+
+def described(
+    fn: Any, args: tuple[Any, ...], words: Words
+) -> tuple[tuple[InputInfo, ...], Reading]:
+    """What each flat argument is, and the annotations that arguments carry.
+
+    Args:
+        fn: As in `trace`.
+        args: Of `with_state`.
+        words: Which names are mesh axes.
+    """
+    inputs = tuple(_inputs(fn, tuple(abstract(a) for a in args)))
+    reading = _read(fn, args, inputs, words)
+    named = tuple(_named(i, reading.notes.get(k)) for k, i in enumerate(inputs))
+    return named, reading
 
 
 def _jaxpr(

@@ -81,11 +81,17 @@ class TrainStep:
         """The same step with another accumulation and rematerialisation."""
         other = replace(self, microbatches=microbatches, remat=remat)
         # The model is the same: what is known of it need not be found out again.
+        other.__dict__["few"] = self.few
         for name in _OF_MODEL & self.__dict__.keys():
             other.__dict__[name] = self.__dict__[name]
         return other
 
     # -- model -------------------------------------------------------------------
+
+    @cached_property
+    def few(self) -> dict[Any, Any]:
+        """What `ir.few` makes of the step, by batch and number of microbatches."""
+        return {}
 
     def _build(self, key: Any) -> Any:
         return build(lambda: self.model(nnx.Rngs(key) if self._is_nnx else key), None)[
@@ -142,6 +148,11 @@ class TrainStep:
             return tuple(self._from_rngs[1].hints), ()
         params, seen = self._from_key
         return tuple(seen.hints), tuple(dropped(params, seen))
+
+    @property
+    def calls(self) -> Any:
+        """Annotations that were met before the step is traced; None for none."""
+        return None
 
     def init(self, seed: int = 0) -> TrainState:
         """A fresh state; traceable, so it can be jitted with output shardings."""
@@ -212,7 +223,7 @@ class TrainStep:
         count = self.microbatches
         if count == 1:
             return one(state.params, state.rest, batch)
-        pieces = jax.tree_util.tree_map_with_path(partial(_cut, count=count), batch)
+        pieces = self.pieces(batch)
 
         def body(carry: Any, piece: Any) -> tuple[Any, None]:
             total, acc, rest = carry
@@ -227,6 +238,11 @@ class TrainStep:
         with jax.named_scope(UPDATE_SCOPE):
             grads = jax.tree.map(lambda g: g / count, acc)
             return total / count, grads, rest
+
+    def pieces(self, batch: Any) -> Any:
+        """The microbatches of a batch, [microbatches, ...] per leaf."""
+        cut = partial(_cut, count=self.microbatches)
+        return jax.tree_util.tree_map_with_path(cut, batch)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """Runs one step on one device: the new state, and loss and gradient norm."""
@@ -268,7 +284,10 @@ def _in_step(params: Any, piece: Any) -> tuple[Any, Any]:
         for k, x in enumerate(leaves)
         if not jnp.issubdtype(x.dtype, jax.dtypes.extended)
     ]
-    params, tied = jax.lax.optimization_barrier((params, [leaves[k] for k in plain]))
+    given = [leaves[k] for k in plain]
+    tied = jax.lax.optimization_barrier(given)
+    # One by one: in one barrier for all, no layer would be wired like another.
+    params = jax.tree.map(lambda x: jax.lax.optimization_barrier((x, given))[0], params)
     for k, leaf in zip(plain, tied, strict=True):
         leaves[k] = leaf
     return params, jax.tree.unflatten(tree, leaves)

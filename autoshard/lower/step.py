@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from autoshard.ir.errors import InputError, PlanMismatchError
+from autoshard.ir.few import fingerprint
 from autoshard.ir.interpret import evaluate
 from autoshard.ir.mesh import ALIASES, Spec
 from autoshard.ir.trace import Traced, abstract, trace
@@ -144,7 +145,8 @@ class ParallelStep(_Lowered):
         batch = batch_of(plan)
         check_tensors(step, plan, batch)
         plain = _traced(step.with_schedule(microbatches=1, remat="none"), [batch], plan)
-        check_fingerprint(plain.program.fingerprint, plan)
+        own = fingerprint(step, batch, plain.program.fingerprint)
+        check_fingerprint(own, plan)
         super().__init__(step, plan, devices)
         self.step = step.with_schedule(microbatches=plan.microbatches, remat=plan.remat)
         same = plan.microbatches == 1 and plan.remat == "none"

@@ -76,7 +76,9 @@ class Space:
                     )
                 return None
             try:
-                self._sketches[remat] = Sketch.of(fn, self.args, self.strategy)
+                self._sketches[remat] = Sketch.of(
+                    fn, self.args, self.strategy, log=self._say
+                )
             except InputError:
                 if required or remat == "none":
                     raise

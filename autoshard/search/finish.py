@@ -10,7 +10,9 @@ import numpy as np
 from autoshard.cost import Pricer, estimate, model_flops
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.work import analyse
+from autoshard.ir.few import fingerprint
 from autoshard.ir.mesh import Spec, arranged
+from autoshard.ir.stretch import NotAlikeError
 from autoshard.ir.train_step import TrainStep
 from autoshard.ir.version import VERSION
 from autoshard.plan.cluster import Cluster
@@ -27,8 +29,9 @@ from autoshard.plan.sharded import OUTPUT, Layout, ShardedProgram
 from autoshard.plan.strategy import Schedule, Strategy
 from autoshard.propagate import propagate
 from autoshard.search.pins import constraints
-from autoshard.search.reading import Shallow, Sketch, classes_of, read
+from autoshard.search.reading import Sketch
 from autoshard.search.record import records
+from autoshard.search.stretching import stretched
 
 
 def finish(
@@ -56,21 +59,47 @@ def finish(
     Returns:
         The plan.
     """
+    schedule = strategy.schedule
+    assert schedule.microbatches != "auto"
+    traced_cuts = 1 if of_one_microbatch(schedule) else schedule.microbatches
+    known = plain.traced.program.fingerprint
+    if isinstance(fn, TrainStep):
+        known = fingerprint(fn, args[-1], known)
+        fn = fn.with_schedule(microbatches=traced_cuts, remat=schedule.remat)
+    given = cluster, strategy, certificate, model_ref, plain, known
+    try:
+        found = (
+            sketch.named(plain, strategy)
+            if sketch
+            else Sketch.of(fn, args, strategy, plain)
+        )
+        plan = _plan(found, *given)
+        return stretched(plan, found.stretch) if found.stretch else plan
+    except NotAlikeError:
+        found = Sketch.of_whole(fn, args, strategy, plain)
+        return _plan(found, *given)
+
+
+def _plan(
+    sketch: Sketch,
+    cluster: Cluster,
+    strategy: Strategy,
+    certificate: Certificate,
+    model_ref: ModelRef | None,
+    plain: Sketch,
+    fingerprint_: str,
+) -> Plan:
+    """The plan for what is traced, be it few copies of the blocks or all."""
     schedule, sizes = strategy.schedule, _sizes(strategy)
     assert schedule.microbatches != "auto"
     assert strategy.order != "auto"
     assert schedule.offload != "auto"
     pipeline = _pipeline(strategy) if schedule.pipeline != "none" else None
-    if isinstance(fn, TrainStep):
-        traced_cuts = 1 if of_one_microbatch(schedule) else schedule.microbatches
-        fn = fn.with_schedule(microbatches=traced_cuts, remat=schedule.remat)
-    traced = sketch.traced if sketch else read(fn, args, strategy)
-    classes = classes_of(traced, strategy, plain)
+    traced, classes, shallow = sketch.traced, sketch.classes, sketch.shallow
     layout = Layout.of(strategy, sizes)
     sharded = propagate(traced, classes, layout)
     how = schedule.context_kind, schedule.context_heads
     whole = Pricer(sharded, analyse(traced, classes)).with_context(*how)
-    shallow = Shallow.of(traced, classes)
     pricer = whole
     if shallow.traced is not traced:
         left = propagate(shallow.traced, shallow.classes, layout)
@@ -97,7 +126,7 @@ def finish(
     return Plan(
         autoshard=VERSION,
         program=ProgramRef(
-            fingerprint=plain.traced.program.fingerprint,
+            fingerprint=fingerprint_,
             jax=jax.__version__,
             model=model_ref,
             ops=len(traced.program.ops),

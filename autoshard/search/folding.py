@@ -22,13 +22,13 @@ def folded_by(traced: Traced, classes: DimClasses) -> tuple[Folded, DimClasses]:
         What is left of the program, and its classes: those of the whole, numbered as
         they are there.
     """
-    folded = fold(traced, _marks(traced, classes))
+    folded = fold(traced, marks(traced, classes))
     if folded.traced is traced:
         return folded, classes
-    return folded, _left(classes, folded)
+    return folded, left_of(classes, folded)
 
 
-def _marks(traced: Traced, classes: DimClasses) -> list[int]:
+def marks(traced: Traced, classes: DimClasses) -> list[int]:
     """Per value a number for all that is known of it beyond the program."""
     infos = {
         v: (info.state, info.logical)
@@ -52,7 +52,8 @@ def _marks(traced: Traced, classes: DimClasses) -> list[int]:
     ]
 
 
-def _left(classes: DimClasses, folded: Folded) -> DimClasses:
+def left_of(classes: DimClasses, folded: Folded) -> DimClasses:
+    """The classes of what is left of a program, numbered as they are in the whole."""
     ops = dict(zip(folded.ops, range(len(folded.ops)), strict=True))
     values = dict(zip(folded.values, range(len(folded.values)), strict=True))
     fixed = classes.fixed

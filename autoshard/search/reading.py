@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from autoshard.cost.work import Work, analyse
+from autoshard.ir.annotations.names import Words
 from autoshard.ir.annotations.paths import with_specs
-from autoshard.ir.errors import InfeasibleError
+from autoshard.ir.errors import AutoshardError, InfeasibleError
+from autoshard.ir.few import Few, few_of
+from autoshard.ir.fold import Folded
+from autoshard.ir.stretch import NotAlikeError, Stretch, fold_few, of_whole
 from autoshard.ir.trace import Traced, trace
+from autoshard.ir.train_step import TrainStep
 from autoshard.plan.sharded import DimClasses
 from autoshard.plan.strategy import Strategy
 from autoshard.propagate import find_classes
 from autoshard.propagate.classes import Hint
 from autoshard.search.alike import Names
 from autoshard.search.annotations import check_annotations
-from autoshard.search.folding import folded_by
+from autoshard.search.folding import folded_by, left_of, marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,10 @@ class Shallow:
     @staticmethod
     def of(traced: Traced, classes: DimClasses) -> Shallow:
         """Folds a program, if anything repeats in it."""
-        folded, left = folded_by(traced, classes)
+        return Shallow._of(*folded_by(traced, classes))
+
+    @staticmethod
+    def _of(folded: Folded, left: DimClasses) -> Shallow:
         return Shallow(folded.traced, left, analyse(folded.traced, left, folded))
 
 
@@ -45,33 +54,95 @@ class Sketch:
     """A traced program with its classes, shared by all its candidates.
 
     Attributes:
-        traced: The program.
+        traced: The program; of a step with many copies of its blocks, that of few.
         classes: Its dim classes.
         remarks: What a user should know of the annotations.
+        stretch: How the program of few copies goes on; None where all are traced.
     """
 
     traced: Traced
     classes: DimClasses
     remarks: tuple[str, ...]
+    stretch: Stretch | None = None
 
     @staticmethod
-    def of(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Sketch:
+    def of(
+        fn: Any,
+        args: tuple[Any, ...],
+        strategy: Strategy,
+        plain: Sketch | None = None,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> Sketch:
         """Traces a program and finds its classes.
+
+        Args:
+            fn: A `TrainStep` with its schedule, or a plain function.
+            args: Its arguments.
+            strategy: What names and path maps are read with.
+            plain: As in `classes_of`.
+            log: Told why all copies of the blocks are traced, if they are many.
 
         Raises:
             InputError: An annotation did not reach the program, or cannot be
                 honoured.
             RuleMissingError: A primitive has no rule, and no leave to be replicated.
         """
+        if isinstance(fn, TrainStep) and len(args) == 1:
+            why = few = few_of(fn, args[0])
+            if not isinstance(few, str):
+                try:
+                    return Sketch._of_few(few, fn.remat, strategy, plain)
+                except (NotAlikeError, AutoshardError) as error:
+                    # What is wrong with the step is said of the whole of it.
+                    why = str(error)
+            if why:
+                log(f"every copy of the blocks is traced, which takes longer: {why}")
+        return Sketch.of_whole(fn, args, strategy, plain)
+
+    @staticmethod
+    def of_whole(
+        fn: Any, args: tuple[Any, ...], strategy: Strategy, plain: Sketch | None = None
+    ) -> Sketch:
+        """The same with all copies traced, however many they are."""
         traced = read(fn, args, strategy)
         remarks = check_annotations(traced, strategy)
-        classes = classes_of(traced, strategy)
-        return Sketch(traced, classes, remarks)
+        return Sketch(traced, classes_of(traced, strategy, plain), remarks)
+
+    @staticmethod
+    def _of_few(
+        few: Few, remat: str, strategy: Strategy, plain: Sketch | None
+    ) -> Sketch:
+        step = few.step(remat)
+        words = Words(frozenset(strategy.names), strategy.aliases)
+        traced = read(step, (few.batch,), strategy)
+        inputs, annotations = of_whole(few, traced, words, strategy.specs)
+        traced = replace(traced, annotations=annotations)
+        remarks = check_annotations(traced, strategy)
+        classes = classes_of(traced, strategy, plain)
+        if classes.fixed.conflicts:
+            raise NotAlikeError("annotations of it are at odds with each other")
+        stretch = fold_few(few, traced, marks(traced, classes), inputs)
+        return Sketch(traced, classes, remarks, stretch)
+
+    def named(self, plain: Sketch, strategy: Strategy) -> Sketch:
+        """The same with the names that the plain step gives; see `classes_of`.
+
+        Raises:
+            NotAlikeError: With them, copies of few are not alike.
+        """
+        classes, stretch = classes_of(self.traced, strategy, plain), self.stretch
+        if stretch is not None:
+            known = marks(self.traced, classes)
+            stretch = fold_few(stretch.few, self.traced, known, stretch.inputs)
+        return Sketch(self.traced, classes, self.remarks, stretch)
 
     @cached_property
     def shallow(self) -> Shallow:
         """What is priced in place of the program."""
-        return Shallow.of(self.traced, self.classes)
+        if self.stretch is None:
+            return Shallow.of(self.traced, self.classes)
+        folded = self.stretch.folded
+        return Shallow._of(folded, left_of(self.classes, folded))
 
     @cached_property
     def names(self) -> Names:
@@ -113,6 +184,9 @@ def _hints(traced: Traced, plain: Sketch) -> dict[str, list[Hint]]:
             else None
             for cls in classes.of_value[value]
         ]
+    if plain.stretch is not None:
+        stands = plain.stretch.few.stands
+        found.update((path, found[stand]) for path, stand in stands.items())
     params = {
         info.path.removeprefix("params/"): info
         for info in traced.inputs

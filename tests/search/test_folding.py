@@ -26,6 +26,7 @@ from autoshard.propagate import propagate
 from autoshard.search import reading, space
 from autoshard.search.divisible import divisible, what_fails
 from autoshard.search.folding import folded_by
+from autoshard.search.pinning import with_pins
 from autoshard.search.reading import Shallow, classes_of, read
 from autoshard.search.solver import Solver
 
@@ -263,3 +264,54 @@ def test_small_layers_cost_the_same(widths):
 def test_layers_too_few_to_be_alike_stay_as_they_are():
     traced, classes, _ = mlp([64] * 7)
     assert folded_by(traced, classes)[0].traced is traced
+
+
+def without_trail(plan):
+    """A plan as rounded numbers; sums and the way to an origin may come otherwise.
+
+    Of few copies, a way back to an annotation may be another one that is as true.
+    """
+    found = {key: value for key, value in rounded(plan).items() if key != "trail"}
+    found["delayed"] = sorted(found["delayed"], key=str)
+    found["program"] = {
+        key: value for key, value in found["program"].items() if key != "fingerprint"
+    }
+    return found
+
+
+@pytest.mark.parametrize(
+    ("named", "pins"),
+    [
+        ("fsdp-tp", {"remat": "none", "microbatches": 1}),
+        ("megatron-sp", {"remat": "full", "microbatches": 2, "tensor": 2}),
+        ("fsdp", {"remat": "dots", "microbatches": 2}),
+    ],
+)
+def test_a_plan_for_few_copies_is_that_for_all(named, pins, monkeypatch):
+    step, said = decoder(layers=17), []
+    strategy = with_pins(load_strategy(named), pins)
+
+    def solved():
+        batch = token_batch(BATCH, SEQ)
+        given = step, (batch,), cluster("h100:8"), strategy
+        [plan] = Solver(*given, log=said.append).plans()
+        return plan.model_dump(mode="json")
+
+    found = solved()
+    assert not any("every copy" in line for line in said)
+    monkeypatch.setattr(reading, "few_of", lambda *_: "asked for")
+    expected = solved()
+    assert any("every copy" in line and "asked for" in line for line in said)
+    assert without_trail(found) == without_trail(expected)
+
+
+def test_a_path_map_for_one_layer_has_all_of_them_traced():
+    step, said = decoder(layers=17), []
+    strategy = with_specs(
+        load_strategy("fsdp"), {r"params/blocks/7/mlp/up$": ["", "tensor"]}
+    )
+    given = step, (token_batch(BATCH, SEQ),), cluster("h100:8"), strategy
+    sketch = Solver(*given, log=said.append).space.sketch("none")
+    assert sketch.stretch is None
+    [line] = [line for line in said if "every copy" in line]
+    assert "blocks/7/mlp/up" in line

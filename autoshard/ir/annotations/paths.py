@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, .
         if info.state == "params"
     }
     for number, info in enumerate(inputs):
-        first = True
+        first, rank = True, len(info.shape)
         for pattern, entry in patterns:
             if not pattern.search(info.path):
                 continue
@@ -69,8 +69,7 @@ def seeds_of_paths(inputs: Sequence[InputInfo], specs: SpecMap) -> tuple[Seed, .
             first = False
             where = f"{KIND} {pattern.pattern!r} of {info.path}"
             if info.state == "optimizer" and any(
-                info.path.endswith(path) and rank != len(info.shape)
-                for path, rank in ranks.items()
+                ranks.get(tail, rank) != rank for tail in _tails(info.path)
             ):
                 continue  # factored moments have other dims than their parameter
             dims = _dims(entry, info, where)
@@ -104,6 +103,15 @@ def with_specs(traced: Traced, specs: SpecMap) -> Traced:
         seeds=(*seeds, *traced.seeds),
         annotations=replace(traced.annotations, counts=counts),
     )
+
+
+def _tails(path: str) -> Iterator[str]:
+    """A path from each of its slashes on, and nothing of it."""
+    at = path.find("/")
+    while at >= 0:
+        yield path[at:]
+        at = path.find("/", at + 1)
+    yield ""
 
 
 def _compiled(text: str) -> re.Pattern[str]:
