@@ -213,7 +213,7 @@ class Plan(Record):
 
     @property
     def remat(self) -> str:
-        """`"none"` or `"full"`."""
+        """What of each block the backward pass recomputes, as in `Schedule`."""
         return self.strategy.schedule.remat
 
     @property

@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from autoshard.ir.errors import NameUnknownError
 from autoshard.ir.mesh import check_axis
-from autoshard.ir.remat import check_remat
+from autoshard.ir.remat import check_remat, parts_of
 from autoshard.plan.base import Record
 
 Auto = Literal["auto"]
@@ -71,7 +71,8 @@ class Schedule(Record):
         remat: What of each block the backward pass recomputes: `"none"`, `"full"`,
             `"dots"` for all but the results of products with weights, or
             `"save:NAME+NAME"` for all but the values of these names
-            (`jax.ad_checkpoint.checkpoint_name`).
+            (`jax.ad_checkpoint.checkpoint_name`); or a mix, `"full=8,none=24"`: so for
+            the first 8 blocks, and so for the 24 after them.
         offload: What is kept in the host's memory, of `OFFLOADABLE`: the `"optimizer"`
             state, the `"params"`, and the `"activations"` that are kept for the
             backward pass; see `autoshard.cost.offload`.
@@ -106,6 +107,18 @@ class Schedule(Record):
             raise ValueError(
                 f"pipeline = {self.pipeline!r} has virtual = {self.virtual}: "
                 "'interleaved' has two parts a stage or more, every other schedule one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_differ_in_one_stage(self) -> Schedule:
+        mix = self.remat if self.remat != "auto" and parts_of(self.remat) else ""
+        staged = self.pipeline not in ("auto", "none")
+        if mix and (staged or "activations" in self.offload):
+            other = f"pipeline = {self.pipeline!r}" if staged else "offload of activations"
+            raise ValueError(
+                f"remat = {mix!r} has blocks that are not alike, and {other} is priced "
+                "for blocks that are; take one policy for all blocks, or leave it out"
             )
         return self
 

@@ -25,6 +25,7 @@ from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
+from autoshard.ir.remat import parts_of
 from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
@@ -159,12 +160,15 @@ class Space:
         return space.pipelines(strategy)
 
     def offloads(
-        self, strategy: Strategy, cluster: Cluster, sketch: Sketch
+        self, strategy: Strategy, cluster: Cluster, sketch: Sketch, remat: str
     ) -> tuple[Offload, ...]:
         """What may be offloaded; see `search.offloads`."""
         shallow = sketch.shallow
         program = Offloading(shallow.traced, shallow.work)
         found = offloads(strategy, cluster, program)
+        if parts_of(remat) and strategy.schedule.offload == "auto":
+            # Which of the loops keep what is not known where there are several.
+            found = tuple(some for some in found if "activations" not in some)
         missing = cluster.host_lacks
         if strategy.schedule.offload == "auto" and missing and cluster.kind != "cpu":
             self._say(f"offload left out: {cluster.type_name} has no figure {missing}")
@@ -241,6 +245,8 @@ class Space:
         first = strategy
         for structure in space.structures(strategy, keep):
             watch.visited += 1
+            if hows and grid[0, STAGE] > 1 and parts_of(structure.schedule.remat):
+                continue  # the blocks of all stages are alike
             gathers = structure.schedule.context_kind == ALL_GATHER
             placing = open_ if gathers else open_.usual
             sketch = self.sketch(structure.schedule.remat, required=required)
@@ -251,7 +257,7 @@ class Space:
                 family = structure.rules, structure.schedule
                 first = structure
                 known[:] = False
-            sets = self.offloads(strategy, cluster, sketch)
+            sets = self.offloads(strategy, cluster, sketch, structure.schedule.remat)
             ask = np.flatnonzero(new & ~known)
             known[ask] = True
             if len(ask):
