@@ -228,29 +228,55 @@ def checkpoint_blocks(
     return wrapped
 
 
+def count_blocks(fn: Callable[..., Any], *args: Any) -> int:
+    """How many blocks `checkpoint_blocks` finds in a function; 0 where nothing repeats.
+
+    Args:
+        fn: As there.
+        *args: Arrays, or `jax.ShapeDtypeStruct`s.
+
+    >>> import jax.numpy as jnp
+    >>> def fn(w, x):
+    ...     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+    >>> count_blocks(fn, jnp.ones((6, 2, 2)), jnp.ones((2, 2)))
+    6
+    """
+    return sum(_lengths(*_with_blocks(jax.make_jaxpr(fn)(*args))))
+
+
+def _with_blocks(jaxpr: Any) -> tuple[Any, Repeat | None]:
+    """A jaxpr in which blocks are seen: loops, or else a repeat if there is one."""
+    opened, _ = _jaxcompat.open_jaxpr(jaxpr)
+    if any(map(_is_loop, opened.eqns)):
+        return jaxpr, None
+    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in opened.invars]
+    jaxpr = jax.make_jaxpr(partial(_inline_args, jaxpr))(*structs)
+    opened, _ = _jaxcompat.open_jaxpr(jaxpr)
+    signatures = [_signature(e) for e in opened.eqns]
+    return jaxpr, find_repeat(signatures, _crossing_bytes(opened))
+
+
+def _lengths(jaxpr: Any, repeat: Repeat | None) -> list[int]:
+    """How many blocks each loop and the repeat have, in order."""
+    opened, _ = _jaxcompat.open_jaxpr(jaxpr)
+    found = []
+    for at, eqn in enumerate(opened.eqns):
+        if repeat and 0 <= at - repeat.start < repeat.period * repeat.count:
+            found += [repeat.count] if at == repeat.start else []
+        elif _is_loop(eqn):
+            found.append(eqn.params["length"])
+    return found
+
+
 def _run_checkpointed(jaxpr: Any, args: list[Any], remat: str) -> list[Any]:
+    jaxpr, repeat = _with_blocks(jaxpr)
     opened, consts = _jaxcompat.open_jaxpr(jaxpr)
-    repeat = None
-    if not any(map(_is_loop, opened.eqns)):
-        structs = [
-            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in opened.invars
-        ]
-        jaxpr = jax.make_jaxpr(partial(_inline_args, jaxpr))(*structs)
-        opened, consts = _jaxcompat.open_jaxpr(jaxpr)
-        repeat = find_repeat(
-            [_signature(e) for e in opened.eqns], _crossing_bytes(opened)
-        )
-        if repeat is None:
-            raise InputError(
-                f"remat = {remat!r} rematerialises the repeated blocks of a model, but "
-                "no block repeats in this loss function; use remat = 'none'."
-            )
+    policies = _policies(remat, sum(_lengths(jaxpr, repeat)))
     env: dict[Any, Any] = dict(zip(opened.invars, args, strict=True))
     env.update(zip(opened.constvars, consts, strict=True))
     eqns = list(opened.eqns)
     last = _last_uses(opened)
     known: dict[Any, Callable[..., Any]] = {}
-    policies = _policies(remat, eqns, repeat)
     at = 0
     while at < len(eqns):
         block = repeat and repeat.start <= at < repeat.start + repeat.period * (
@@ -286,17 +312,17 @@ def _is_loop(eqn: Any) -> bool:
     return eqn.primitive.name == "scan" and eqn.params["length"] > 1
 
 
-def _policies(remat: str, eqns: list[Any], repeat: Repeat | None) -> list[str]:
+def _policies(remat: str, blocks: int) -> list[str]:
     """The policy of each block, in the order in which they run.
 
     Raises:
-        InputError: A mix is for another number of blocks.
+        InputError: There are none, or a mix is for another number of them.
     """
-    blocks = repeat.count if repeat else 0
-    for at, eqn in enumerate(eqns):
-        inside = repeat and 0 <= at - repeat.start < repeat.period * repeat.count
-        if _is_loop(eqn) and not inside:
-            blocks += eqn.params["length"]
+    if not blocks:
+        raise InputError(
+            f"remat = {remat!r} rematerialises the repeated blocks of a model, but "
+            "no block repeats in this loss function; use remat = 'none'."
+        )
     parts = parts_of(remat) or ((remat, blocks),)
     policies = [policy for policy, count in parts for _ in range(count)]
     if len(policies) != blocks:

@@ -193,9 +193,10 @@ class Plan(Record):
                 for f in Schedule.model_fields
                 if getattr(self.strategy.schedule, f) == "auto"
             ),
+            *(["schedule.remat"] if self.remat == "mix" else []),
         ]
         if holes:
-            raise ValueError(f"a plan has no holes, but {', '.join(holes)} is 'auto'")
+            raise ValueError(f"a plan has no holes, but {', '.join(holes)} is one")
         return self
 
     @property

@@ -25,6 +25,8 @@ STATES = ("params", "gradients", "optimizer")
 Offloadable = Literal["optimizer", "params", "activations"]
 OFFLOADABLE: tuple[Offloadable, ...] = ("optimizer", "params", "activations")
 """What may be kept in the host's memory, in the order in which it is written down."""
+REMAT_HOLES = ("auto", "mix")
+"""One policy for all blocks is to be found, or a mix of two where that is better."""
 
 
 class Rule(Record):
@@ -72,7 +74,8 @@ class Schedule(Record):
             `"dots"` for all but the results of products with weights, or
             `"save:NAME+NAME"` for all but the values of these names
             (`jax.ad_checkpoint.checkpoint_name`); or a mix, `"full=8,none=24"`: so for
-            the first 8 blocks, and so for the 24 after them.
+            the first 8 blocks, and so for the 24 after them. Beside the hole `"auto"`
+            there is `"mix"`, for which search tries mixes of two policies, too.
         offload: What is kept in the host's memory, of `OFFLOADABLE`: the `"optimizer"`
             state, the `"params"`, and the `"activations"` that are kept for the
             backward pass; see `autoshard.cost.offload`.
@@ -98,7 +101,12 @@ class Schedule(Record):
     @field_validator("remat")
     @classmethod
     def _remat_is_known(cls, text: str) -> str:
-        return text if text == "auto" else check_remat(text)
+        return text if text in REMAT_HOLES else check_remat(text)
+
+    @property
+    def remat_is_open(self) -> bool:
+        """Whether what is recomputed is a hole."""
+        return self.remat in REMAT_HOLES
 
     @model_validator(mode="after")
     def _parts_suit_the_schedule(self) -> Schedule:
@@ -107,18 +115,6 @@ class Schedule(Record):
             raise ValueError(
                 f"pipeline = {self.pipeline!r} has virtual = {self.virtual}: "
                 "'interleaved' has two parts a stage or more, every other schedule one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _blocks_differ_in_one_stage(self) -> Schedule:
-        mix = self.remat if self.remat != "auto" and parts_of(self.remat) else ""
-        staged = self.pipeline not in ("auto", "none")
-        if mix and (staged or "activations" in self.offload):
-            other = f"pipeline = {self.pipeline!r}" if staged else "offload of activations"
-            raise ValueError(
-                f"remat = {mix!r} has blocks that are not alike, and {other} is priced "
-                "for blocks that are; take one policy for all blocks, or leave it out"
             )
         return self
 
@@ -225,6 +221,23 @@ class Strategy(Record):
             self._check(getattr(self.storage, state), f"[storage] {state}")
         for name, axis in self.aliases.items():
             check_axis(axis, f"[aliases] {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_differ_in_one_stage(self) -> Strategy:
+        schedule, stages = self.schedule, self.mesh.get("stage", 1)
+        others = {
+            f"pipeline = {schedule.pipeline!r}": schedule.pipeline not in ("auto", "none"),
+            f"stage = {stages}": stages not in ("auto", 1) and schedule.pipeline != "none",
+            "offload of activations": "activations" in schedule.offload,
+        }
+        if not schedule.remat_is_open and parts_of(schedule.remat) and any(others.values()):
+            [other, *_] = [text for text, given in others.items() if given]
+            raise ValueError(
+                f"remat = {schedule.remat!r} has blocks that are not alike, and {other} "
+                "is priced for blocks that are: take one policy for all blocks, or "
+                "leave the other out"
+            )
         return self
 
     @property

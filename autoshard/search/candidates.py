@@ -214,6 +214,25 @@ class Space:
         for grid, cuts in self.rounds(strategy, cluster):
             yield from self._round(strategy, cluster, keep, watch, grid, cuts)
 
+    def priced_at(
+        self,
+        structure: Strategy,
+        cluster: Cluster,
+        watch: Watch,
+        grid: np.ndarray,
+        cuts: np.ndarray,
+    ) -> Candidates | None:
+        """One structure with some of its candidates priced; None if none are.
+
+        Args:
+            structure: Of which only sizes, microbatches and the order are holes.
+            cluster: Where.
+            watch: What need not be priced.
+            grid: Mesh sizes, int64[candidate, axis]; all of one stage or of several.
+            cuts: Microbatches, int64[candidate].
+        """
+        return next(self._round(structure, cluster, None, watch, grid, cuts), None)
+
     def rounds(
         self, strategy: Strategy, cluster: Cluster
     ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -236,7 +255,7 @@ class Space:
     ) -> Iterator[Candidates]:
         bounded = watch.best is not None
         open_ = Placing.of(strategy, cluster, grid)
-        required = strategy.schedule.remat != "auto"
+        required = not strategy.schedule.remat_is_open
         batch, hows = self.batch(), self.pipelines(strategy)
         alike = Alike(grid)
         family: Any = None
