@@ -106,7 +106,7 @@ def check_remat(remat: str) -> str:
 
 
 def checkpoint(policy: str) -> Callable[..., Any]:
-    """What wraps a block so that its policy is followed; takes what `jax.checkpoint` does.
+    """What wraps a block so that its policy is followed, called as `jax.checkpoint` is.
 
     Args:
         policy: Of one block; no mix.
@@ -124,8 +124,8 @@ def saved_by(remat: str) -> Callable[..., Any] | None:
     """What `jax.checkpoint` saves of a block besides its operands; None for nothing.
 
     Args:
-        remat: Of one block: "full" for nothing; "dots" for the results of products that have no
-            batch dim, which are those with weights (Korthikanti et al. 2022,
+        remat: Of one block: "full" for nothing; "dots" for the results of products that
+            have no batch dim, which are those with weights (Korthikanti et al. 2022,
             arXiv:2205.05198, recompute attention alone in the same way);
             "save:NAME+NAME" for what `jax.ad_checkpoint.checkpoint_name` named so.
 

@@ -227,16 +227,22 @@ class Strategy(Record):
     def _blocks_differ_in_one_stage(self) -> Strategy:
         schedule, stages = self.schedule, self.mesh.get("stage", 1)
         others = {
-            f"pipeline = {schedule.pipeline!r}": schedule.pipeline not in ("auto", "none"),
-            f"stage = {stages}": stages not in ("auto", 1) and schedule.pipeline != "none",
+            f"pipeline = {schedule.pipeline!r}": schedule.pipeline
+            not in ("auto", "none"),
+            f"stage = {stages}": stages not in ("auto", 1)
+            and schedule.pipeline != "none",
             "offload of activations": "activations" in schedule.offload,
         }
-        if not schedule.remat_is_open and parts_of(schedule.remat) and any(others.values()):
+        if (
+            not schedule.remat_is_open
+            and parts_of(schedule.remat)
+            and any(others.values())
+        ):
             [other, *_] = [text for text, given in others.items() if given]
             raise ValueError(
-                f"remat = {schedule.remat!r} has blocks that are not alike, and {other} "
-                "is priced for blocks that are: take one policy for all blocks, or "
-                "leave the other out"
+                f"remat = {schedule.remat!r} has blocks that are not alike, and "
+                f"{other} is priced for blocks that are: take one policy for all "
+                "blocks, or leave the other out"
             )
         return self
 

@@ -6,13 +6,13 @@ the slower one does: then as many blocks have the faster one as fit. A third cou
 fill what is left, which is less than one block. The blocks that recompute more come
 first: their backward passes run last, when what the others keep is free again.
 
-The space are all meshes, microbatches, rules and storages of one stage, each with every
-pair of policies and every number of blocks, with nothing in the host's memory unless
-that is fixed. What is priced is priced as traced, the copies included that a loop costs
-which is run as two. What is not priced is ruled out by two bounds: a mix takes no less
-time than its policies in proportion, and of what the faster policy needs beyond state
-no more can go than the part of the blocks that have the other one. The tests hold both
-against every candidate alone.
+The space are all meshes, microbatches, rules and storages of one stage that fit with
+the slower of two policies, each with every number of blocks that have the faster one,
+and with nothing in the host's memory unless that is fixed. What is priced is priced as
+traced, the copies included that a loop costs which is run as two. What is not priced is ruled out by
+two bounds: a mix takes no less time than its policies in proportion, and of what the
+faster policy needs beyond state no more can go than the part of the blocks that have
+the other one. The tests hold both against every candidate alone.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def mixes(
         everything: The space of the program.
         strategy: Whose remat is the hole `"mix"`.
         cluster: Where.
-        watch: What has been found with one policy for all blocks; without a number of
-            plans that are wanted, every mix is priced.
+        watch: What has been found with one policy for all blocks. Where it asks for all
+            that nothing beats in both time and memory, mixes are left out: between two
+            policies there are as many as blocks.
 
     Yields:
         Structures with their candidates. A pair of policies counts as one that is
@@ -73,14 +74,22 @@ def mixes(
     fn, visited = everything.fn, watch.visited
     blocks = fn.blocks(everything.args[-1]) if isinstance(fn, TrainStep) else 0
     several = strategy.mesh.get("stage", 1) not in (1, "auto")
-    if blocks < 2 or (several and everything.pipelines(strategy)):
-        why = "no block repeats" if blocks < 2 else "they are of one stage"
+    why = (
+        "no block repeats"
+        if blocks < 2
+        else "they are of one stage"
+        if several and everything.pipelines(strategy)
+        else "they are sought for the fastest plans alone"
+        if watch.best is None
+        else ""
+    )
+    if why:
         everything.log(f"mixes of policies left out: {why}")
         watch.visited += len(PAIRS)
         return
     for done, (fast, lean) in enumerate(PAIRS):
         pair = _Pair(everything, strategy, cluster, watch, blocks, fast, lean)
-        for found in pair.every() if watch.best is None else pair.best():
+        for found in pair.best():
             watch.visited = visited + done
             yield found
         watch.visited = visited + done + 1
@@ -153,12 +162,6 @@ class _Pair:
         rest = self.blocks - count
         return _with(strategy, remat=mixed((self.lean, count), (self.fast, rest)))
 
-    def every(self) -> Iterator[Candidates]:
-        """All of them."""
-        for count in range(1, self.blocks):
-            fixed = self._mixed(self.plain, count)
-            yield from self.everything.priced(fixed, self.cluster, watch=self.watch)
-
     def best(self) -> Iterator[Candidates]:
         """Those that may be among the best, the likeliest first."""
         open_ = sorted(self._open(), key=lambda one: one.least_s(one.fewest))
@@ -167,7 +170,7 @@ class _Pair:
             yield from self._of(one)
 
     def _of(self, one: _Open) -> Iterator[Candidates]:
-        """Seeks the fewest blocks that have to recompute more for a candidate to fit."""
+        """Seeks the fewest blocks that must recompute more for a candidate to fit."""
         most = one.fewest
         while most < self.blocks and one.least_s(most) <= self.watch.step_s:
             most += 1  # the first number that is too slow
@@ -190,7 +193,7 @@ class _Pair:
             count += step
 
     def _open(self) -> Iterator[_Open]:
-        """What is fast enough and too large with the faster policy, but not the other."""
+        """What is fast enough with the faster policy, and fits with the other alone."""
         room = self.watch.bytes_
         fast = _with(self.plain, remat=self.fast)
         reach = _reaching(self.watch.step_s)
