@@ -9,10 +9,10 @@ first: their backward passes run last, when what the others keep is free again.
 The space are all meshes, microbatches, rules and storages of one stage that fit with
 the slower of two policies, each with every number of blocks that have the faster one,
 and with nothing in the host's memory unless that is fixed. What is priced is priced as
-traced, the copies included that a loop costs which is run as two. What is not priced is ruled out by
-two bounds: a mix takes no less time than its policies in proportion, and of what the
-faster policy needs beyond state no more can go than the part of the blocks that have
-the other one. The tests hold both against every candidate alone.
+traced, the copies included that a loop costs which is run as two. What is not priced is
+ruled out by two bounds: a mix takes no less time than its policies in proportion, and
+of what the faster policy needs beyond state no more can go than the part of the blocks
+that have the other one. The tests hold both against every candidate alone.
 """
 
 from __future__ import annotations
