@@ -193,10 +193,11 @@ class Plan(Record):
                 for f in Schedule.model_fields
                 if getattr(self.strategy.schedule, f) == "auto"
             ),
-            *(["schedule.remat"] if self.remat == "mix" else []),
         ]
         if holes:
-            raise ValueError(f"a plan has no holes, but {', '.join(holes)} is one")
+            raise ValueError(f"a plan has no holes, but {', '.join(holes)} is 'auto'")
+        if self.strategy.schedule.remat_is_open:
+            raise ValueError(f"a plan has no holes, but its remat is {self.remat!r}")
         return self
 
     @property
