@@ -288,12 +288,16 @@ def _descendants(pricer: Pricer, paths: dict[int, str]) -> dict[int, str]:
         if (
             len(single) == 1
             and single[0] in names
-            and op.primitive in ("link", "convert_element_type", "copy", "transpose")
+            and op.primitive
+            in ("link", "convert_element_type", "copy", "transpose", "split")
         ):
-            names[op.outputs[0]] = names[single[0]]
+            names.update(dict.fromkeys(op.outputs, names[single[0]]))
     for op in reversed(pricer.program.ops):
         name = names.get(op.outputs[0]) if op.outputs else None
-        chain = ("autoshard_annotate", "link", "convert_element_type", "transpose")
+        chain = (
+            "autoshard_annotate", "link", "convert_element_type", "transpose",
+            "concatenate",
+        )  # fmt: skip
         if name and name.startswith("gradient of ") and op.primitive in chain:
             for v in op.inputs:
                 if v >= 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.extend import core
 
 from autoshard.ir import _jaxcompat
 from autoshard.ir.errors import InputError
-from autoshard.ir.remat import check_names, policy
+from autoshard.ir.remat import check_names, checkpoint, parts_of
 
 _jaxcompat.hide_from_source_lines(__file__)
 
@@ -184,16 +185,25 @@ def checkpoint_blocks(
 ) -> Callable[..., Any]:
     """Wraps `fn` so that each of its blocks is rematerialised in the backward pass.
 
+    Where a loop over blocks has two policies or more it becomes as many loops. Each
+    takes a part of the stacked parameters, and compilers copy what a loop takes: beside
+    the parameters their copies are in memory until the backward pass is through, and
+    the parts of their gradients until they are joined. Blocks that are unrolled have
+    nothing stacked.
+
     Args:
         fn: A function of pytrees of arrays.
-        remat: What is recomputed, as in `autoshard.ir.remat.policy`.
+        remat: What is recomputed, as in `autoshard.ir.remat.saved_by`; or a mix of
+            policies, `"full=8,none=24"`, in the order in which blocks run. Its counts
+            come to the number of blocks, those of all loops together.
 
     Returns:
         The same function; differentiated, it keeps only what crosses block borders, and
         what `remat` says.
 
     Raises:
-        InputError: No block repeats in `fn`, or it has no value of a name.
+        InputError: No block repeats in `fn`, it has no value of a name, or not as many
+            blocks as a mix is for.
 
     >>> import jax.numpy as jnp
     >>> def fn(w, x):
@@ -218,30 +228,55 @@ def checkpoint_blocks(
     return wrapped
 
 
+def count_blocks(fn: Callable[..., Any], *args: Any) -> int:
+    """How many blocks `checkpoint_blocks` finds in a function; 0 where nothing repeats.
+
+    Args:
+        fn: As there.
+        *args: Arrays, or `jax.ShapeDtypeStruct`s.
+
+    >>> import jax.numpy as jnp
+    >>> def fn(w, x):
+    ...     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+    >>> count_blocks(fn, jnp.ones((6, 2, 2)), jnp.ones((2, 2)))
+    6
+    """
+    return sum(_lengths(*_with_blocks(jax.make_jaxpr(fn)(*args))))
+
+
+def _with_blocks(jaxpr: Any) -> tuple[Any, Repeat | None]:
+    """A jaxpr in which blocks are seen: loops, or else a repeat if there is one."""
+    opened, _ = _jaxcompat.open_jaxpr(jaxpr)
+    if any(map(_is_loop, opened.eqns)):
+        return jaxpr, None
+    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in opened.invars]
+    jaxpr = jax.make_jaxpr(partial(_inline_args, jaxpr))(*structs)
+    opened, _ = _jaxcompat.open_jaxpr(jaxpr)
+    signatures = [_signature(e) for e in opened.eqns]
+    return jaxpr, find_repeat(signatures, _crossing_bytes(opened))
+
+
+def _lengths(jaxpr: Any, repeat: Repeat | None) -> list[int]:
+    """How many blocks each loop and the repeat have, in order."""
+    opened, _ = _jaxcompat.open_jaxpr(jaxpr)
+    found = []
+    for at, eqn in enumerate(opened.eqns):
+        if repeat and 0 <= at - repeat.start < repeat.period * repeat.count:
+            found += [repeat.count] if at == repeat.start else []
+        elif _is_loop(eqn):
+            found.append(eqn.params["length"])
+    return found
+
+
 def _run_checkpointed(jaxpr: Any, args: list[Any], remat: str) -> list[Any]:
+    jaxpr, repeat = _with_blocks(jaxpr)
     opened, consts = _jaxcompat.open_jaxpr(jaxpr)
-    scans = [e for e in opened.eqns if e.primitive.name == "scan"]
-    repeat = None
-    if not any(e.params["length"] > 1 for e in scans):
-        structs = [
-            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in opened.invars
-        ]
-        jaxpr = jax.make_jaxpr(partial(_inline_args, jaxpr))(*structs)
-        opened, consts = _jaxcompat.open_jaxpr(jaxpr)
-        repeat = find_repeat(
-            [_signature(e) for e in opened.eqns], _crossing_bytes(opened)
-        )
-        if repeat is None:
-            raise InputError(
-                f"remat = {remat!r} rematerialises the repeated blocks of a model, but "
-                "no block repeats in this loss function; use remat = 'none'."
-            )
+    policies = _policies(remat, sum(_lengths(jaxpr, repeat)))
     env: dict[Any, Any] = dict(zip(opened.invars, args, strict=True))
     env.update(zip(opened.constvars, consts, strict=True))
     eqns = list(opened.eqns)
     last = _last_uses(opened)
     known: dict[Any, Callable[..., Any]] = {}
-    checkpoint = partial(jax.checkpoint, policy=policy(remat))
     at = 0
     while at < len(eqns):
         block = repeat and repeat.start <= at < repeat.start + repeat.period * (
@@ -255,19 +290,47 @@ def _run_checkpointed(jaxpr: Any, args: list[Any], remat: str) -> list[Any]:
                 lambda v, end=end: last.get(v, -1) >= end,
                 env,
                 known,
-                checkpoint,
+                policies.pop(0),
             )
             at += repeat.period
             continue
         eqn = eqns[at]
         values = [a.val if _jaxcompat.is_literal(a) else env[a] for a in eqn.invars]
-        if eqn.primitive.name == "scan" and eqn.params["length"] > 1:
-            results = _run_scan(eqn, values, checkpoint)
+        if _is_loop(eqn):
+            length = eqn.params["length"]
+            own, policies = policies[:length], policies[length:]
+            results = _run_scan(eqn, values, own)
         else:
             results = _jaxcompat.eval_equation(eqn, values)
         env.update(zip(eqn.outvars, results, strict=True))
         at += 1
     return [a.val if _jaxcompat.is_literal(a) else env[a] for a in opened.outvars]
+
+
+def _is_loop(eqn: Any) -> bool:
+    """Whether an equation runs blocks one after the other."""
+    return eqn.primitive.name == "scan" and eqn.params["length"] > 1
+
+
+def _policies(remat: str, blocks: int) -> list[str]:
+    """The policy of each block, in the order in which they run.
+
+    Raises:
+        InputError: There are none, or a mix is for another number of them.
+    """
+    if not blocks:
+        raise InputError(
+            f"remat = {remat!r} rematerialises the repeated blocks of a model, but "
+            "no block repeats in this loss function; use remat = 'none'."
+        )
+    parts = parts_of(remat) or ((remat, blocks),)
+    policies = [policy for policy, count in parts for _ in range(count)]
+    if len(policies) != blocks:
+        raise InputError(
+            f"remat = {remat!r} is for {len(policies)} blocks, and the loss function "
+            f"has {blocks}; give counts that come to {blocks}."
+        )
+    return policies
 
 
 def _last_uses(opened: Any) -> dict[Any, int]:
@@ -287,7 +350,7 @@ def _run_block(
     is_used_later: Callable[[Any], bool],
     env: dict[Any, Any],
     known: dict[Any, Callable[..., Any]],
-    checkpoint: Callable[..., Any],
+    policy: str,
 ) -> None:
     """Runs one copy; copies that are equal in all are traced and differentiated once.
 
@@ -296,7 +359,7 @@ def _run_block(
         is_used_later: Whether a result of one of them is read by what follows.
         env: The value of each variable so far; those of the copy are added.
         known: What runs a copy, by all that matters of it; added to.
-        checkpoint: `jax.checkpoint` with what it saves.
+        policy: What of it is recomputed.
     """
     made = {var for eqn in inside for var in eqn.outvars}
     read = [
@@ -320,7 +383,8 @@ def _run_block(
 
     # What runs a copy is only made anew where it does something else: JAX keeps what it
     # makes of a function, and that is most of the time that differentiating takes.
-    checkpointed = known.setdefault(_identity(inside, inputs, outputs), checkpoint(run))
+    key = policy, _identity(inside, inputs, outputs)
+    checkpointed = known.setdefault(key, checkpoint(policy)(run))
     results = checkpointed([env[var] for var in inputs])
     env.update(zip(outputs, results, strict=True))
 
@@ -364,7 +428,8 @@ def _identity(inside: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
     return ops, types, tuple(number[var] for var in outputs)
 
 
-def _run_scan(eqn: Any, values: list[Any], checkpoint: Callable[..., Any]) -> list[Any]:
+def _run_scan(eqn: Any, values: list[Any], policies: list[str]) -> list[Any]:
+    """Runs a loop over blocks; as several, one after the other, if policies differ."""
     params = eqn.params
     n_consts, n_carry = _jaxcompat.scan_counts(params)
     consts = values[:n_consts]
@@ -374,12 +439,31 @@ def _run_scan(eqn: Any, values: list[Any], checkpoint: Callable[..., Any]) -> li
         results = list(run(*consts, *carry, *xs))
         return results[:n_carry], results[n_carry:]
 
-    carry, stacked = jax.lax.scan(
-        checkpoint(body, prevent_cse=False),
-        list(values[n_consts : n_consts + n_carry]),
-        list(values[n_consts + n_carry :]),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
-    return [*carry, *stacked]
+    runs = [(policy, len(list(same))) for policy, same in groupby(policies)]
+    # Slices are taken from the other end where the loop goes backwards.
+    way = -1 if params["reverse"] else 1
+    sizes = [size for _, size in runs[::way]]
+    cut = [_cut(x, sizes) for x in values[n_consts + n_carry :]]
+    carry = list(values[n_consts : n_consts + n_carry])
+    stacked: list[list[Any]] = []
+    for k, (policy, length) in enumerate(runs):
+        carry, made = jax.lax.scan(
+            checkpoint(policy)(body, prevent_cse=False),
+            carry,
+            [parts[::way][k] for parts in cut],
+            length=length,
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        stacked.append(made)
+    joined = [_joined(parts[::way]) for parts in zip(*stacked, strict=True)]
+    return [*carry, *joined]
+
+
+def _cut(x: Any, sizes: list[int]) -> list[Any]:
+    """Parts of an array along its leading dim; itself where that is one part."""
+    return list(jax.lax.split(x, sizes)) if len(sizes) > 1 else [x]
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return jax.lax.concatenate(parts, 0) if len(parts) > 1 else parts[0]

@@ -14,7 +14,7 @@ from flax import nnx
 
 from autoshard.ir.annotate import mark
 from autoshard.ir.annotations.building import Built, build, dropped
-from autoshard.ir.blocks import checkpoint_blocks
+from autoshard.ir.blocks import checkpoint_blocks, count_blocks
 from autoshard.ir.errors import InputError
 
 UPDATE_SCOPE = "autoshard_update"
@@ -68,7 +68,8 @@ class TrainStep:
         model: Builds the model: `(nnx.Rngs) -> nnx.Module` or `(key) -> params`.
         microbatches: The batch is cut into this many pieces, gradients accumulated.
         remat: `"none"`, or what of each block is rematerialised: `"full"`, `"dots"`
-            or `"save:NAME+NAME"`; see `autoshard.ir.remat.policy`.
+            or `"save:NAME+NAME"`, see `autoshard.ir.remat.saved_by`; or a mix of them,
+            see `autoshard.ir.blocks.checkpoint_blocks`.
     """
 
     loss_fn: Callable[..., Any]
@@ -208,6 +209,15 @@ class TrainStep:
         return loss, nnx.to_pure_dict(rest_after)
 
     # -- the step ----------------------------------------------------------------
+
+    def blocks(self, batch: Any) -> int:
+        """How many blocks `remat` is of; 0 where nothing repeats.
+
+        Args:
+            batch: Arrays, or `jax.ShapeDtypeStruct`s.
+        """
+        state = self.abstract_state()
+        return count_blocks(self._loss, state.params, state.rest, batch)
 
     def loss_and_gradients(self, state: TrainState, batch: Any) -> tuple[Any, Any, Any]:
         """Loss, gradients and other variables of one batch, microbatches included."""

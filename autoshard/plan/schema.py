@@ -196,6 +196,8 @@ class Plan(Record):
         ]
         if holes:
             raise ValueError(f"a plan has no holes, but {', '.join(holes)} is 'auto'")
+        if self.strategy.schedule.remat_is_open:
+            raise ValueError(f"a plan has no holes, but its remat is {self.remat!r}")
         return self
 
     @property
@@ -213,7 +215,7 @@ class Plan(Record):
 
     @property
     def remat(self) -> str:
-        """`"none"` or `"full"`."""
+        """What of each block the backward pass recomputes, as in `Schedule`."""
         return self.strategy.schedule.remat
 
     @property

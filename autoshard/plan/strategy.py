@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from autoshard.ir.errors import NameUnknownError
 from autoshard.ir.mesh import check_axis
-from autoshard.ir.remat import check_remat
+from autoshard.ir.remat import check_remat, parts_of
 from autoshard.plan.base import Record
 
 Auto = Literal["auto"]
@@ -25,6 +25,8 @@ STATES = ("params", "gradients", "optimizer")
 Offloadable = Literal["optimizer", "params", "activations"]
 OFFLOADABLE: tuple[Offloadable, ...] = ("optimizer", "params", "activations")
 """What may be kept in the host's memory, in the order in which it is written down."""
+REMAT_HOLES = ("auto", "mix")
+"""One policy for all blocks is to be found, or a mix of two where that is better."""
 
 
 class Rule(Record):
@@ -71,7 +73,9 @@ class Schedule(Record):
         remat: What of each block the backward pass recomputes: `"none"`, `"full"`,
             `"dots"` for all but the results of products with weights, or
             `"save:NAME+NAME"` for all but the values of these names
-            (`jax.ad_checkpoint.checkpoint_name`).
+            (`jax.ad_checkpoint.checkpoint_name`); or a mix, `"full=8,none=24"`: so for
+            the first 8 blocks, and so for the 24 after them. Beside the hole `"auto"`
+            there is `"mix"`, for which search tries mixes of two policies, too.
         offload: What is kept in the host's memory, of `OFFLOADABLE`: the `"optimizer"`
             state, the `"params"`, and the `"activations"` that are kept for the
             backward pass; see `autoshard.cost.offload`.
@@ -97,7 +101,12 @@ class Schedule(Record):
     @field_validator("remat")
     @classmethod
     def _remat_is_known(cls, text: str) -> str:
-        return text if text == "auto" else check_remat(text)
+        return text if text in REMAT_HOLES else check_remat(text)
+
+    @property
+    def remat_is_open(self) -> bool:
+        """Whether what is recomputed is a hole."""
+        return self.remat in REMAT_HOLES
 
     @model_validator(mode="after")
     def _parts_suit_the_schedule(self) -> Schedule:
@@ -212,6 +221,29 @@ class Strategy(Record):
             self._check(getattr(self.storage, state), f"[storage] {state}")
         for name, axis in self.aliases.items():
             check_axis(axis, f"[aliases] {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_differ_in_one_stage(self) -> Strategy:
+        schedule, stages = self.schedule, self.mesh.get("stage", 1)
+        others = {
+            f"pipeline = {schedule.pipeline!r}": schedule.pipeline
+            not in ("auto", "none"),
+            f"stage = {stages}": stages not in ("auto", 1)
+            and schedule.pipeline != "none",
+            "offload of activations": "activations" in schedule.offload,
+        }
+        if (
+            not schedule.remat_is_open
+            and parts_of(schedule.remat)
+            and any(others.values())
+        ):
+            [other, *_] = [text for text, given in others.items() if given]
+            raise ValueError(
+                f"remat = {schedule.remat!r} has blocks that are not alike, and "
+                f"{other} is priced for blocks that are: take one policy for all "
+                "blocks, or leave the other out"
+            )
         return self
 
     @property

@@ -34,10 +34,12 @@ def runs_with(rule: FactorRule, slot: int, spec: Dims) -> bool:
     Every axis must lie on a factor that a device may hold a part of, and a point-by-
     point op must not read the operand over and over: a norm's scale that meets
     activations is used there, and keeping its storage spec would move the activations.
+    What is cut or joined along a dim, which is then blocked, is read once.
     """
     axes = factors_from(rule, rule.operands[slot], spec)
     held = {f for dim in rule.operands[slot] for f in dim}
-    repeats = not held >= {f for dim in rule.results[0] for f in dim}
+    made = {f for dim in rule.results[0] for f in dim if rule.kinds[f] != "blocked"}
+    repeats = not held >= made
     return not repeats and {a for dim in axes for a in dim} >= {
         a for dim in spec for a in dim
     }

@@ -24,6 +24,7 @@ from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
+from autoshard.ir.remat import parts_of
 from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
@@ -168,12 +169,15 @@ class Space:
         )
 
     def offloads(
-        self, strategy: Strategy, cluster: Cluster, sketch: Sketch
+        self, strategy: Strategy, cluster: Cluster, sketch: Sketch, remat: str
     ) -> tuple[Offload, ...]:
         """What may be offloaded; see `search.offloads`."""
         shallow = sketch.shallow
         program = Offloading(shallow.traced, shallow.work)
         found = offloads(strategy, cluster, program)
+        if parts_of(remat) and strategy.schedule.offload == "auto":
+            # Which of the loops keep what is not known where there are several.
+            found = tuple(some for some in found if "activations" not in some)
         missing = cluster.host_lacks
         if strategy.schedule.offload == "auto" and missing and cluster.kind != "cpu":
             self._say(f"offload left out: {cluster.type_name} has no figure {missing}")
@@ -219,6 +223,25 @@ class Space:
         for grid, cuts in self.rounds(strategy, cluster):
             yield from self._round(strategy, cluster, keep, watch, grid, cuts)
 
+    def priced_at(
+        self,
+        structure: Strategy,
+        cluster: Cluster,
+        watch: Watch,
+        grid: np.ndarray,
+        cuts: np.ndarray,
+    ) -> Candidates | None:
+        """One structure with some of its candidates priced; None if none are.
+
+        Args:
+            structure: Of which only sizes, microbatches and the order are holes.
+            cluster: Where.
+            watch: What need not be priced.
+            grid: Mesh sizes, int64[candidate, axis]; all of one stage or of several.
+            cuts: Microbatches, int64[candidate].
+        """
+        return next(self._round(structure, cluster, None, watch, grid, cuts), None)
+
     def rounds(
         self, strategy: Strategy, cluster: Cluster
     ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -241,13 +264,15 @@ class Space:
     ) -> Iterator[Candidates]:
         bounded = watch.best is not None
         open_ = Placing.of(strategy, cluster, grid)
-        required = strategy.schedule.remat != "auto"
+        required = not strategy.schedule.remat_is_open
         batch, hows = self.batch(), self.pipelines(strategy)
         alike = Alike(grid)
         family: Any = None
         bounds, first = Family(grid, cuts, batch), strategy
         for structure in space.structures(strategy, keep):
             watch.visited += 1
+            if hows and grid[0, STAGE] > 1 and parts_of(structure.schedule.remat):
+                continue  # the blocks of all stages are alike
             gathers = structure.schedule.context_kind == ALL_GATHER
             placing = open_ if gathers else open_.usual
             sketch = self.sketch(structure.schedule.remat, required=required)
@@ -258,7 +283,7 @@ class Space:
                 family = structure.rules, structure.schedule
                 first = structure
                 bounds = Family(grid, cuts, batch)
-            sets = self.offloads(strategy, cluster, sketch)
+            sets = self.offloads(strategy, cluster, sketch, structure.schedule.remat)
             watch.alike += int((~new).sum())
             here = np.flatnonzero(new)
             if bounded and len(here):

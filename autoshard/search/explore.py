@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Strategy
 from autoshard.search import space
 from autoshard.search.candidates import Space
+from autoshard.search.mixes import PAIRS, mixes
 from autoshard.search.priced import Candidates
 from autoshard.search.watch import Watch
 
@@ -125,6 +127,9 @@ def explore(
     groups: list[Candidates] = []
     why, tried = "", 0
     found = everything.priced(strategy, cluster, watch=watch)
+    if strategy.schedule.remat == "mix":
+        whole += len(PAIRS)
+        found = itertools.chain(found, mixes(everything, strategy, cluster, watch))
     try:
         for group in found:
             groups.append(group)

@@ -174,7 +174,7 @@ def fixed_fields(strategy: Strategy) -> dict[str, Any]:
     of_context = ("context_kind",) if "context" in strategy.mesh else ()
     for field in ("microbatches", "remat", "offload", *of_context, *of_stages):
         value = getattr(strategy.schedule, field)
-        if value != "auto":
+        if value not in ("auto", "mix"):
             found[field] = value
     for state in STATES:
         value = getattr(strategy.storage, state)

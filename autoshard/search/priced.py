@@ -15,6 +15,7 @@ from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import Cut
 from autoshard.ir.mesh import AXES
+from autoshard.ir.remat import policies_of
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Strategy
 from autoshard.search.alike import Names, decided
@@ -169,8 +170,8 @@ class Candidates:
         """What makes a candidate a truly different plan.
 
         Axes of one device do nothing, and another number of microbatches, another
-        order of axes, or something else in the host's memory, is not by itself another
-        plan.
+        order of axes, something else in the host's memory, or other numbers of blocks
+        in a mix of policies, is not by itself another plan.
         """
         sizes = self.mesh(k)
 
@@ -180,7 +181,7 @@ class Candidates:
         storage = self.strategy.storage
         return (
             tuple(self.sizes[k].tolist()),
-            self.remat,
+            policies_of(self.remat),
             self.context_kind if sizes["context"] > 1 else ALL_GATHER,
             tuple((r.logical, active(r.axes)) for r in self.strategy.rules),
             active(storage.params),

@@ -162,7 +162,9 @@ class Solver:
         for best in (top + _SPARE, None):
             explored = self.explored(best)
             found = self._written(explored, self._different(explored), top)
-            if len(found) == top or not explored.watch.pruned:
+            # All are priced only with one policy for all blocks.
+            mixed = self.strategy.schedule.remat == "mix" and found
+            if len(found) == top or not explored.watch.pruned or mixed:
                 break
         if not found:
             raise InfeasibleError(self._no_fit())

@@ -159,7 +159,7 @@ def _context_kinds(
 
 
 REMATS = ("none", "dots", "full")
-"""What may be rematerialised, less of it first."""
+"""What may be rematerialised of all blocks, less of it first."""
 
 
 def without_experts(strategy: Strategy) -> Strategy:
@@ -200,7 +200,8 @@ def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Str
         if isinstance(also, tuple) and also not in domain:
             domain.append(also)
         domains.append(domain)
-    remats = REMATS if strategy.schedule.remat == "auto" else (strategy.schedule.remat,)
+    remat = strategy.schedule.remat
+    remats = REMATS if strategy.schedule.remat_is_open else (remat,)
     stored = _storage_domain(
         strategy.storage, dict(strategy.mesh), keep.storage if keep else None
     )
@@ -342,23 +343,29 @@ def executable(strategy: Strategy) -> Strategy:
             "set offload = [], or search without --executable (executable=True) to "
             "have such a plan priced."
         )
-    schedule: dict[str, object] = {"offload": ()}
-    mesh, stages = strategy.mesh, strategy.mesh.get("stage", 1)
-    if stages != 1 and strategy.schedule.pipeline != "none":
-        if stages != "auto":
-            raise InputError(
-                f"stage = {stages}{strategy.where('stage')} is fixed, and plans with "
-                "pipeline stages cannot be run yet; leave it 'auto', or search without "
-                "--executable (executable=True) to have such a plan priced."
-            )
-        schedule |= {"pipeline": "none", "virtual": 1, "vocab": "ends", "blocks": ()}
-        mesh = {**mesh, "stage": 1}
+    stages = strategy.mesh.get("stage", 1)
+    if stages not in (1, "auto") and strategy.schedule.pipeline != "none":
+        raise InputError(
+            f"stage = {stages}{strategy.where('stage')} is fixed, and plans with "
+            "pipeline stages cannot be run yet; leave it 'auto', or search without "
+            "--executable (executable=True) to have such a plan priced."
+        )
+    schedule = strategy.schedule.model_copy(update={"offload": ()})
+    none_offloaded = strategy.model_copy(update={"schedule": schedule})
+    return of_one_stage(none_offloaded).placed(strategy.places)
+
+
+def of_one_stage(strategy: Strategy) -> Strategy:
+    """A strategy without pipeline stages; as it is if it has none."""
+    if strategy.mesh.get("stage", 1) == 1 or strategy.schedule.pipeline == "none":
+        return strategy
+    none = {"pipeline": "none", "virtual": 1, "vocab": "ends", "blocks": ()}
     return strategy.model_copy(
         update={
-            "mesh": mesh,
-            "schedule": strategy.schedule.model_copy(update=schedule),
+            "mesh": {**strategy.mesh, "stage": 1},
+            "schedule": strategy.schedule.model_copy(update=none),
         }
-    ).placed(strategy.places)
+    )
 
 
 def _gathering(strategy: Strategy) -> Strategy:

@@ -191,7 +191,7 @@ def written_out(
         meshes = real or meshes
     cuts = strategy.schedule.microbatches
     pieces = [c for c in range(1, batch + 1) if batch % c == 0 and cuts in ("auto", c)]
-    if strategy.schedule.remat != "auto":
+    if not strategy.schedule.remat_is_open:
         remats = (strategy.schedule.remat,)
     kept = [strategy.schedule.offload]
     if kept == ["auto"]:
@@ -290,12 +290,19 @@ class OneByOne:
         step: The program.
         batch: Its abstract batch.
         strategy: With holes.
+        remats: What `remat` may be where it is a hole.
     """
 
-    def __init__(self, step: TrainStep, batch: Any, strategy: Strategy) -> None:
+    def __init__(
+        self,
+        step: TrainStep,
+        batch: Any,
+        strategy: Strategy,
+        remats: tuple[str, ...] = ("none", "dots", "full"),
+    ) -> None:
         self.batch = jax.tree.leaves(batch)[0].shape[0]
         self.sketches = {}
-        for remat in ("none", "dots", "full"):
+        for remat in remats:
             fn = step.with_schedule(microbatches=1, remat=remat)
             try:
                 self.sketches[remat] = Sketch.of(fn, (batch,), strategy)

@@ -65,6 +65,21 @@ def test_another_order_of_axes_equals_single_device(name, order, mesh):
     assert max(found["worst"].values()) <= TOLERANCE, found
 
 
+@pytest.mark.parametrize(
+    ("model", "scan", "name", "cuts", "remat", "mesh"),
+    [
+        ("llama3-tiny", True, "fsdp", 2, "full=1,none=3", {"data": 2, "fsdp": 4}),
+        ("gpt2-tiny", False, "megatron-tp", 1, "dots=2,full=2", {"tensor": 8}),
+    ],
+)
+def test_a_mix_of_policies_equals_single_device(model, scan, name, cuts, remat, mesh):
+    strategy = pinned(name, microbatches=cuts, remat=remat, **mesh)
+    found = run_and_compare(model, scan, strategy)
+    assert (found["microbatches"], found["remat"]) == (cuts, remat)
+    assert found["round_trip"]
+    assert max(found["worst"].values()) <= TOLERANCE, found
+
+
 def test_what_auto_chooses_equals_single_device():
     found = run_and_compare("llama3-tiny", True, load_strategy("auto"))
     assert max(found["worst"].values()) <= TOLERANCE, found

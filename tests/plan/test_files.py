@@ -87,6 +87,10 @@ def test_a_plan_has_no_holes():
     plan["strategy"]["mesh"]["data"] = "auto"
     with pytest.raises(InputError, match=r"mesh\.data is 'auto'"):
         plan_from_json(json.dumps(plan))
+    plan = document()
+    plan["strategy"]["schedule"]["remat"] = "mix"
+    with pytest.raises(InputError, match=r"no holes, but its remat is 'mix'"):
+        plan_from_json(json.dumps(plan))
 
 
 def test_an_axis_twice_in_one_tensor():
