@@ -37,8 +37,8 @@ def steps_of(reshard: Reshard) -> list[Step]:
     """The collectives that carry out a reshard, in order.
 
     Partial sums are scattered over the axes that the target shards, then summed over
-    the others; an axis that changes dims is exchanged; what goes is gathered, each dim
-    by itself.
+    the others; an axis that changes dims is exchanged; those that go are gathered, dim
+    by dim.
     """
     source = {a: d for d, dim in enumerate(reshard.source) for a in dim}
     target = {a: d for d, dim in enumerate(reshard.target) for a in dim}
@@ -162,9 +162,7 @@ _SAME_VALUE = (
     "copy",
     "transpose",
     "autoshard_annotate",
-    "split",
 )
-"""Ops whose results are parameters, or parts of them, where the operand is."""
 
 
 def moves_of_state(
