@@ -74,9 +74,7 @@ def alive_bytes(
     return pricer.apart(meshes, cuts, alive)
 
 
-def held_bytes(
-    pricer: Pricer, meshes: Meshes, cuts: Vector, offload: Offload = ()
-) -> Table:
+def held_bytes(pricer: Pricer, meshes: Meshes, cuts: Vector) -> dict[str, Table]:
     """Bytes of a chip that hold state all along, all blocks on every chip.
 
     Those are the arguments, and sums of gradients over microbatches.
@@ -85,20 +83,49 @@ def held_bytes(
         pricer: Of the layout.
         meshes: The candidates.
         cuts: float64[candidate]; microbatches.
-        offload: What is in the host's memory.
 
     Returns:
-        Of the program, and of its blocks alone, float64[2, candidate].
+        By state, of the program, and of its blocks alone, float64[2, candidate].
     """
     of_blocks = np.zeros((PLACES, len(meshes)))
     of_blocks[BLOCK] = 1.0
+    live = pricer.liveness
+    each = [
+        live.state_bytes(meshes, share)
+        | {"gradients": live.summed_bytes(meshes, cuts, share)}
+        for share in (None, of_blocks)
+    ]
+    return {kind: np.stack([part[kind] for part in each]) for kind in each[0]}
 
-    def held(share: Table | None) -> Vector:
-        state = pricer.liveness.state_bytes(meshes, share)
-        sums = pricer.liveness.summed_bytes(meshes, cuts, share)
-        return sums + sum(size for kind, size in state.items() if kind not in offload)
 
-    return np.stack([held(None), held(of_blocks)])
+def with_host_s(
+    pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector, offload: Offload
+) -> Vector:
+    """Seconds of a step at least, all blocks on every chip, with what is offloaded.
+
+    The two passes take no less than what they compute, nor than what comes in in both,
+    or goes out in the first and comes in in the other. Then comes the update, which
+    takes no less than it takes its state to come in.
+
+    Args:
+        pricer: Of the layout.
+        meshes: The candidates.
+        cuts: float64[candidate]; microbatches.
+        rest: The last of `rest_s`.
+        offload: What is in the host's memory.
+    """
+    held = {kind: pricer.liveness.held(kind, meshes, cuts) for kind in offload}
+    nothing = np.zeros(len(meshes))
+
+    def bytes_of(kind: str, field: str) -> Vector:
+        return getattr(held[kind], field).sum(axis=0) if kind in held else nothing
+
+    kept = bytes_of("activations", "bytes_") * cuts
+    forward = np.maximum(bytes_of("params", "forward") * cuts, kept)
+    backward = bytes_of("params", "backward") * cuts + kept
+    update = bytes_of("params", "bytes_") + bytes_of("optimizer", "bytes_")
+    rate = meshes.cluster.host_bytes_per_s
+    return np.maximum(rest, (forward + backward) / rate) + update / rate
 
 
 def most_blocks(

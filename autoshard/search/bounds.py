@@ -88,11 +88,8 @@ def floor_s(
 ) -> Vector:
     """Seconds a step of candidates takes at least; infinite if none of them can fit.
 
-    What could fit only in more time than is wanted takes that. Some state may have to
-    be offloaded to fit. The update of a stage takes no less than it takes that state to
-    come in. The bound on what is beside storage has no part of the update in it, and
-    nothing that computation hides: the two add up. The fullest stage has no less state
-    than the average one.
+    What could fit only in more time than is wanted takes that. Some of it may have to
+    be offloaded to fit.
 
     Args:
         pricer: Of the structure.
@@ -108,17 +105,18 @@ def floor_s(
     step_s = _moving_s(pricer, placing, sizes, cuts, rest, wanted)
     asked = meshes, cuts, hows
     most = _most(pricer, *asked, np.stack(of_step), wanted.step_s)
-    least_s = np.full(len(meshes), np.inf)
-    everything = floors.held_bytes(pricer, meshes, cuts)
+    least_s, nothing = np.full(len(meshes), np.inf), np.zeros((2, len(meshes)))
+    states = floors.held_bytes(pricer, meshes, cuts)
     for offload in wanted.offloads:
         alive = found.alive[int("activations" in offload)]
-        held, bound = everything, step_s
+        held = sum(
+            (own for kind, own in states.items() if kind not in offload), nothing
+        )
+        bound = step_s
         if offload:
-            held = floors.held_bytes(pricer, meshes, cuts, offload)
-            moved = everything[0] - held[0]
-            in_s = moved / counts / meshes.cluster.host_bytes_per_s
-            # Of several stages, what the slowest waits for others may hide it.
-            bound = np.maximum(step_s, in_s + (counts == 1) * rest)
+            host_s = floors.with_host_s(pricer, meshes, cuts, rest, offload)
+            # All stages together are busy that long.
+            bound = np.maximum(step_s, host_s / counts)
         small = floors.room(pricer, *asked, alive, held, wanted.bytes_)
         if hows:
             soon = floors.room(pricer, *asked, alive, held, wanted.bytes_, most)

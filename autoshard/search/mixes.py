@@ -10,9 +10,10 @@ The space are all meshes, microbatches, rules and storages of one stage that fit
 the slower of two policies, each with every number of blocks that have the faster one,
 and with nothing in the host's memory unless that is fixed. What is priced is priced as
 traced, the copies included that a loop costs which is run as two. What is not priced is
-ruled out by two bounds: a mix takes no less time than its policies in proportion, and
-of what the faster policy needs beyond state no more can go than the part of the blocks
-that have the other one. The tests hold both against every candidate alone.
+ruled out by two bounds: a mix takes no less time than the faster policy (not: than both
+in proportion, as what is recomputed may hide collectives), and of what that one needs
+beyond state no more can go than the part of the blocks that have the other one. The
+tests hold both against every candidate alone.
 """
 
 from __future__ import annotations
@@ -119,10 +120,16 @@ class _Open:
     room_bytes: float
     blocks: int
 
-    def least_s(self, count: int) -> float:
-        """Seconds a step takes at least with so many blocks that recompute more."""
+    @property
+    def least_s(self) -> float:
+        """Seconds a step takes at least, however many blocks recompute more."""
+        return self.fast[0]
+
+    @property
+    def guess_s(self) -> float:
+        """Seconds a step takes if nothing hides more than in proportion."""
         (fast_s, _), (lean_s, _) = self.fast, self.lean
-        return fast_s + count / self.blocks * (lean_s - fast_s)
+        return fast_s + self.fewest / self.blocks * (lean_s - fast_s)
 
     @property
     def fewest(self) -> int:
@@ -164,18 +171,17 @@ class _Pair:
 
     def best(self) -> Iterator[Candidates]:
         """Those that may be among the best, the likeliest first."""
-        open_ = sorted(self._open(), key=lambda one: one.least_s(one.fewest))
+        open_ = sorted(self._open(), key=lambda one: one.guess_s)
         self.watch.pruned += len(open_) * (self.blocks - 1)
         for one in open_:
             yield from self._of(one)
 
     def _of(self, one: _Open) -> Iterator[Candidates]:
         """Seeks the fewest blocks that must recompute more for a candidate to fit."""
-        most = one.fewest
-        while most < self.blocks and one.least_s(most) <= self.watch.step_s:
-            most += 1  # the first number that is too slow
-        count, way = min(one.likely, most - 1), 0
-        while one.fewest <= count < most:
+        if one.least_s > self.watch.step_s:
+            return
+        count, way = min(one.likely, self.blocks - 1), 0
+        while one.fewest <= count < self.blocks:
             mix = self._mixed(one.structure, count)
             reach = _reaching(self.watch.step_s)
             found = self.everything.priced_at(

@@ -13,6 +13,7 @@ from autoshard.ir.annotations.paths import with_specs
 from autoshard.ir.errors import AutoshardError, InfeasibleError
 from autoshard.ir.few import Few, few_of
 from autoshard.ir.fold import Folded
+from autoshard.ir.remat import parts_of
 from autoshard.ir.stretch import NotAlikeError, Stretch, fold_few, of_whole
 from autoshard.ir.trace import Traced, trace
 from autoshard.ir.train_step import TrainStep
@@ -87,7 +88,8 @@ class Sketch:
                 honoured.
             RuleMissingError: A primitive has no rule, and no leave to be replicated.
         """
-        if isinstance(fn, TrainStep) and len(args) == 1:
+        # In a mix of policies copies differ by their number.
+        if isinstance(fn, TrainStep) and len(args) == 1 and not parts_of(fn.remat):
             why = few = few_of(fn, args[0])
             if not isinstance(few, str):
                 try:

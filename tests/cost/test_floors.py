@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from autoshard.cost import floors
+from autoshard.cost.collectives import Meshes
 from autoshard.cost.constants import Constants
 from autoshard.cost.overlap import exposed_s, least_s
+from autoshard.cost.pipeline import Pipeline, bubble_share
+from autoshard.cost.stages import waiting
+from autoshard.ir.mesh import AXES
+from autoshard.plan.cluster import cluster
 
 CASES = [(0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (1.5, 2.5), (3.0, 0.4), (0.3, 4.0)]
 
@@ -30,3 +39,87 @@ def test_the_least_of_a_step_is_that_of_all_longer_rests(kind, ahead, after):
         assert found <= expected * (1 + 1e-12)
         # A bound that is not reached would be weaker than need be.
         assert found == pytest.approx(expected, abs=longest / 200_000)
+
+
+# -- blocks of stages, against all ways to cut them -----------------------------------
+
+BLOCKS = 6
+STAGES = (2, 3, 4)
+
+
+def cuts_of(blocks, stages):
+    """All ways to spread blocks over stages, each with one at least."""
+    ends = itertools.combinations(range(1, blocks), stages - 1)
+    return [np.diff([0, *inner, blocks]).tolist() for inner in ends]
+
+
+def of_stages(stages):
+    """Candidates with so many stages each, and what the bounds read of a pricer."""
+    sizes = np.ones((len(stages), len(AXES)), dtype=np.int64)
+    sizes[:, AXES.index("stage")] = stages
+    segments = SimpleNamespace(blocks=BLOCKS)
+    work = SimpleNamespace(segments=segments)
+    pricer = SimpleNamespace(work=work, constants=Constants.shipped())
+    return pricer, Meshes(cluster("h100:8"), sizes)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2"])
+@pytest.mark.parametrize("seed", range(5))
+def test_stages_have_room_where_some_cut_of_them_fits(schedule, seed):
+    rng = np.random.default_rng(seed)
+    stages = rng.choice(STAGES, 60)
+    pricer, meshes = of_stages(stages)
+    pieces = rng.choice([1.0, 2.0, 8.0], 60)
+    how = Pipeline(schedule)
+    alive = rng.uniform(1, 3, (3, 60))
+    held = rng.uniform(1, 3, (2, 60))
+    held[0] = 0.0  # of what belongs to no block
+    limit = rng.uniform(1, 4, 60)
+    most = rng.integers(1, BLOCKS + 1, 60).astype(float)
+    given = pricer, meshes, pieces, [how], alive, held, limit
+    found = floors.room(*given), floors.room(*given, [most])
+    wrong = 0
+    for k, count in enumerate(stages):
+        fits, soon = False, False
+        for cut in cuts_of(BLOCKS, count):
+            # The stages between the ends hold what the first of them does.
+            at = [0, *[1] * (count - 2), count - 1]
+            waits = [waiting(how, *map(np.array, (a, count, pieces[k]))) for a in at]
+            largest = max(
+                own / BLOCKS * (held[1, k] + alive[1, k] + wait * alive[2, k])
+                for own, wait in zip(cut, waits, strict=True)
+            )
+            fits |= bool(largest <= limit[k])
+            soon |= bool(largest <= limit[k] and max(cut) <= most[k])
+        assert found[0][k] >= fits
+        assert found[1][k] >= soon
+        wrong += int(found[0][k]) - fits
+    assert 10 < found[0].sum() < 55
+    # It lets through stages without any block, which no cut has, and little else.
+    assert wrong <= 3
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-h2"])
+def test_no_stage_of_a_fast_step_has_more_than_the_most_blocks(schedule):
+    rng = np.random.default_rng(0)
+    stages = rng.choice(STAGES, 200)
+    pricer, meshes = of_stages(stages)
+    pieces = rng.choice([1.0, 4.0, 8.0], 200)
+    how = Pipeline(schedule, 2 if schedule == "interleaved" else 1)
+    of_blocks = rng.uniform(1, 2, 200)
+    whole = of_blocks * rng.uniform(1, 1.5, 200)
+    limit = whole * rng.uniform(0.3, 1.2, 200)
+    most = floors.most_blocks(
+        pricer, meshes, pieces, how, np.stack([whole, of_blocks]), limit
+    )
+    zero_bubble = pricer.constants["pipeline.zero_bubble"]
+    reached = 0
+    for k, count in enumerate(stages):
+        share = float(bubble_share(schedule, count, pieces[k], zero_bubble))
+        wait = share / pieces[k] / how.virtual
+        for own in range(1, BLOCKS + 1):
+            slowest = own / BLOCKS * of_blocks[k]
+            step_s = slowest + wait * (whole[k] - slowest)
+            assert (own <= most[k]) == (step_s <= limit[k] * (1 + 1e-9)), own
+            reached += own <= most[k]
+    assert 100 < reached < 200 * BLOCKS

@@ -27,7 +27,7 @@ from autoshard.search import reading, space
 from autoshard.search.divisible import divisible, what_fails
 from autoshard.search.folding import folded_by
 from autoshard.search.pinning import with_pins
-from autoshard.search.reading import Shallow, classes_of, read
+from autoshard.search.reading import Shallow, Sketch, classes_of, read
 from autoshard.search.solver import Solver
 
 BATCH, SEQ = 16, 32
@@ -315,3 +315,12 @@ def test_a_path_map_for_one_layer_has_all_of_them_traced():
     assert sketch.stretch is None
     [line] = [line for line in said if "every copy" in line]
     assert "blocks/7/mlp/up" in line
+
+
+def test_a_mix_of_policies_has_all_copies_traced():
+    # Which copies recompute what hangs on their number, so none stands for others.
+    step = decoder(layers=17)
+    given = (token_batch(BATCH, SEQ),), load_strategy("fsdp")
+    for remat, few in (("full", True), ("full=8,none=9", False)):
+        of = step.with_schedule(microbatches=1, remat=remat)
+        assert (Sketch.of(of, *given).stretch is not None) == few
