@@ -130,6 +130,13 @@ def resolve(ref: ModelRef, *, layers: int | None = None) -> Resolved:
             f"--seq {ref.seq} is longer than model {config.name!r} allows "
             f"({config.max_seq} positions); choose a shorter sequence."
         )
+    group = config.experts.group if config.experts else 1
+    if ref.seq > group and ref.seq % group:
+        raise InputError(
+            f"--seq {ref.seq} does not divide into the groups of {group} tokens that "
+            f"model {config.name!r} sends to its experts; choose a multiple of {group} "
+            f"or no more than {group}."
+        )
     config = dataclasses.replace(
         config, dtype=DTYPES[ref.dtype], scan_layers=ref.scan_layers
     )

@@ -26,6 +26,7 @@ from jax.sharding import Sharding
 
 from autoshard.ir import _jaxcompat
 from autoshard.ir.annotations.calls import Calls, watched
+from autoshard.ir.errors import AutoshardError
 from autoshard.ir.families import Family, Survey
 from autoshard.ir.fold import Folded, fold_by
 from autoshard.ir.program import no_collection
@@ -169,9 +170,9 @@ def few_of(step: TrainStep, batch: Any) -> Few | str:
         whole = step.with_schedule(microbatches=step.microbatches, remat="none")
         try:
             cache[key] = _few(whole, jax.tree.unflatten(tree, leaves))
-        except Exception as error:
-            # Whatever is wrong with the step is said where it is traced as a whole.
-            cache[key] = f"{type(error).__name__}: {error}"
+        except AutoshardError as error:
+            # What is wrong with the step is said where it is traced as a whole.
+            cache[key] = str(error)
     return cache[key]
 
 
@@ -197,8 +198,13 @@ def _few(whole: TrainStep, batch: Any) -> Few | str:
             lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), piece
         )
     args = state.params, state.rest, piece
-    with watched() as calls:
-        closed = jax.make_jaxpr(lambda *given: whole._loss(*given))(*args)
+    try:
+        with watched() as calls:
+            closed = jax.make_jaxpr(lambda *given: whole._loss(*given))(*args)
+    except AutoshardError:
+        raise
+    except Exception:
+        return ""  # the user's own loss fails, and so where it is traced as a whole
     traced, consts = _read(closed, args)
     folded, stacks = _folded(traced)
     if not stacks:
@@ -222,7 +228,10 @@ def _few(whole: TrainStep, batch: Any) -> Few | str:
         state.params,
     )
     run = _runner(folded, consts, closed, jax.tree.structure(state.rest))
-    opt_state = jax.eval_shape(whole.optimizer.init, params)
+    try:
+        opt_state = jax.eval_shape(whole.optimizer.init, params)
+    except Exception as error:
+        return f"the optimizer takes no state of some copies of a block alone: {error}"
     few = replace(state, params=params, opt_state=opt_state)
     few = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), few)
     stands = _stands(state, few, stacks)

@@ -107,7 +107,9 @@ class Decoder(nnx.Module):
                 outside that range gives NaN logits rather than another token's row.
 
         Returns:
-            Logits, float32 ``[b, s, vocab]``; position ``i`` sees tokens ``0 .. i``.
+            Logits, float32 ``[b, s, vocab]``; position ``i`` sees tokens ``0 .. i``,
+            with experts only as long as none of them drops a token: the first choice of
+            a later one has a slot before the second of an earlier one (GShard).
             With experts, also what is to be added to the loss: the penalties of all
             routers, a float32 scalar.
 

@@ -106,6 +106,7 @@ def _groups(shape: tuple[int, ...], group: int) -> tuple[int, ...]:
     if seq % tokens:
         raise ValueError(
             f"Mixture: sequences of {seq} tokens do not divide into groups of {group}; "
-            f"choose a multiple of it, or other groups: Experts(group=...)"
+            f"make them a multiple of {group}, or set Experts(group=...) to a divisor "
+            f"of {seq}"
         )
     return batch, seq // tokens, tokens, embed

@@ -86,7 +86,8 @@ _ALL = (
         max_seq=131072,
         rope_scaling=RopeScaling(factor=8.0, original_max_seq=8192),
     ),
-    # Jiang et al. 2024, arXiv:2401.04088, table 1.
+    # Jiang et al. 2024, arXiv:2401.04088, table 1; the base of the positions is that of
+    # the released checkpoints. Slots, groups and penalty are those of `Experts`.
     _mixtral(
         "mixtral-8x7b",
         group=512,

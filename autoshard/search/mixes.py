@@ -12,8 +12,10 @@ and with nothing in the host's memory unless that is fixed. What is priced is pr
 traced, the copies included that a loop costs which is run as two. What is not priced is
 ruled out by two bounds: a mix takes no less time than the faster policy (not: than both
 in proportion, as what is recomputed may hide collectives), and of what that one needs
-beyond state no more can go than the part of the blocks that have the other one. The
-tests hold both against every candidate alone.
+beyond state no more can go than the part of the blocks that have the other one. With
+more blocks that recompute, a step is taken to be no faster and no larger: the search
+for their number ends where it turns. The tests hold all that against every candidate
+alone.
 """
 
 from __future__ import annotations
@@ -78,9 +80,9 @@ def mixes(
     why = (
         "no block repeats"
         if blocks < 2
-        else "they are of one stage"
+        else "they are of one stage; leave stage = 'auto' or set it to 1"
         if several and everything.pipelines(strategy)
-        else "they are sought for the fastest plans alone"
+        else "a search for a front or a size has one policy for all blocks"
         if watch.best is None
         else ""
     )

@@ -73,6 +73,8 @@ class Solver:
         self._asked = strategy
         if not space.has_experts():
             self.strategy = without_experts(strategy)
+            if strategy.mesh.get("expert") == "auto" and self.strategy.name != "auto":
+                self.log("axis 'expert' left out: no dim of the program is of experts")
         self._explored: dict[int | None, Explored] = {}
         self._refused: list[tuple[float, Strategy]] = []
 
