@@ -232,29 +232,29 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
 
     def floor(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
         rates = Rates.of(part.cluster, pricer.constants)
-        whole, of_blocks, rest, between = np.zeros((4, len(part)))
+        of_blocks, rest, between = np.zeros((3, len(part)))
         places = pricer.work.segments.of_op
         attention = [np.zeros(len(part)) for _ in pricer.context.passes]
         for time in pricer.compute.times(part, cuts, rates, update=False):
-            whole += time.total_s
+            # Weights may be read in another precision, or made of state elsewhere.
             rest += time.least_s
             if places[time.kernel.op] == BLOCK:
-                of_blocks += time.total_s
+                of_blocks += time.least_s
             if time.kernel.op in pricer.context.of_op:
                 attention[pricer.context.of_op[time.kernel.op]] += time.total_s
         for each in pricer.context.transfers(part, cuts, attention)[0]:
-            whole += each.shown_s
             rest += each.shown_s
         for index, move in enumerate(pricer.moves):
             # Of state are also what the update moves and where its results go.
             of_state = index in pricer.prefetched or index in pricer.trailing
             of_state |= move.op == OUTPUT or pricer.work.update[move.op]
-            if not of_state and move.value not in pricer.work.gradients:
+            of_state |= move.value in pricer.work.gradients
+            if not of_state and pricer.work.batched[move.value]:
                 for _, time, _, _ in pricer.collective(index, part, cuts):
                     between += time
         none = np.zeros(len(part))
         kind, constants = part.cluster.kind, pricer.constants
-        whole += exposed_s(kind, constants, none, none, none, between)
+        whole = rest + exposed_s(kind, constants, none, none, none, between)
         return np.stack([whole, of_blocks, rest])
 
     return pricer.apart(meshes, cuts, floor)

@@ -9,7 +9,7 @@ import numpy as np
 
 from autoshard.ir.mesh import AXES
 from autoshard.ir.trace import Traced
-from autoshard.plan.sharded import ShardedProgram
+from autoshard.plan.sharded import Fixed, ShardedProgram
 from autoshard.plan.strategy import STATES, Strategy
 from autoshard.propagate.wants import rules_of
 
@@ -41,18 +41,20 @@ def state_dims(sharded: ShardedProgram) -> frozenset[tuple[str, ...]]:
 
 
 def felt(
-    structure: Strategy, traced: Traced, state: frozenset[tuple[str, ...]]
+    structure: Strategy, traced: Traced, fixed: Fixed, state: frozenset[tuple[str, ...]]
 ) -> set[tuple[str, ...]]:
     """Axes such that propagation may decide otherwise if all of them have one device.
 
     Where state is stored depends on which of its dims are taken. An update runs as its
     optimizer state is stored, if there is any that has the axes of what it meets; else
-    it hangs on what else is stored. That nothing else is felt, random programs show
-    (tests/search/test_solver.py).
+    it hangs on what else is stored. A rule gives way where the user fixed one of its
+    axes himself; and gradients of what he placed are stored so if any are. That nothing
+    else is felt, random programs show (tests/search/test_solver.py).
 
     Args:
         structure: Rules and storage.
         traced: The program.
+        fixed: What the user fixed in it.
         state: From `state_dims`.
     """
     storage = structure.storage
@@ -66,6 +68,11 @@ def felt(
     )
     if not params <= optimizer and storage.params:
         found.add(tuple(storage.params))
+    found |= {
+        (axis,) for dims in fixed.dims.values() for dim in dims for axis in dim or ()
+    }
+    if fixed.storage and storage.gradients:
+        found.add(tuple(storage.gradients))
     return found
 
 

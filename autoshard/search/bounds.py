@@ -17,7 +17,7 @@ from autoshard.cost.collectives import Meshes
 from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import STAGE, Table
-from autoshard.search.divisible import batch_divides
+from autoshard.search.divisible import as_if_divided, batch_divides
 from autoshard.search.placing import Placing
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
@@ -196,6 +196,9 @@ class Family:
     ) -> None:
         """Finds the bounds of some candidates, as far as they are not known.
 
+        Where something does not divide, these may be laid out in another way, of which
+        nothing is known here.
+
         Args:
             pricer: Of one of the structures.
             placing: How axes may be laid out.
@@ -205,7 +208,8 @@ class Family:
         rows = rows[~self._known[rows]]
         self._known[rows] = True
         fits = batch_divides(pricer, self.grid[rows], self.cuts[rows], self.batch)
-        rows = rows[fits]
+        self._floor_s[rows[fits]] = 0.0
+        rows = rows[fits & as_if_divided(pricer, self.grid[rows])]
         if not len(rows):
             return
         meshes, cuts = Meshes(placing.cluster, self.grid[rows]), self.cuts[rows]

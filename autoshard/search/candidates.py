@@ -288,7 +288,9 @@ class Space:
             here = np.flatnonzero(new)
             if bounded and len(here):
                 wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
-                bounds.find(self._pricer(first, sketch), placing, here, wanted)
+                for active, rows in self._parts(first, sketch, grid, here):
+                    pricer = self._pricer(first, sketch, active)
+                    bounds.find(pricer, placing, rows, wanted)
                 here = here[watch.lets(bounds.floor_s(here))]
             if not len(here):
                 continue
@@ -358,7 +360,7 @@ class Space:
             dims = state_dims(self._pricer(structure, sketch).sharded)
             self._state_dims[schedule.remat, structure.rules] = dims
         dims = self._state_dims[schedule.remat, structure.rules]
-        together = sorted(felt(structure, sketch.traced, dims))
+        together = sorted(felt(structure, sketch.traced, sketch.classes.fixed, dims))
         columns = [[AXES.index(axis) for axis in axes] for axes in together]
         lacks = np.array([(grid[rows][:, c] == 1).all(axis=1) for c in columns])
         bits = (1 << np.arange(len(together))) @ lacks.reshape(len(together), len(rows))

@@ -44,6 +44,19 @@ def batch_divides(
     return fits
 
 
+def as_if_divided(pricer: Pricer, sizes: np.ndarray) -> np.ndarray:
+    """Whether all divides that propagation without sizes took to divide, bool[mesh].
+
+    Args:
+        pricer: What was propagated without sizes.
+        sizes: Of the meshes, int64[mesh, axis].
+    """
+    found = np.ones(len(sizes), dtype=bool)
+    for size, axes in pricer.sharded.asked:
+        found &= size % sizes[:, [AXES.index(a) for a in axes]].prod(axis=1) == 0
+    return found
+
+
 def divisible(
     pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
 ) -> np.ndarray:

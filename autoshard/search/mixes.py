@@ -84,6 +84,8 @@ def mixes(
         if several and everything.pipelines(strategy)
         else "a search for a front or a size has one policy for all blocks"
         if watch.best is None
+        else "of two loops it is not known what is kept for the backward pass"
+        if "activations" in strategy.schedule.offload
         else ""
     )
     if why:
@@ -193,8 +195,10 @@ class _Pair:
             step = -1  # too slow, or it fits: a larger number is slower
             if found is not None:
                 yield found
-                self.watch.saw(found.sizes, found.step_s, found.peak_bytes)
-                step = 1 if (found.peak_bytes > one.room_bytes).any() else -1
+                fits = found.peak_bytes <= one.room_bytes
+                for k in np.flatnonzero(fits).tolist():
+                    self.watch.saw_mix(found.identity(k), float(found.step_s[k]))
+                step = -1 if fits.all() else 1
             if step == -way:
                 return
             way = step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,9 +158,15 @@ class Candidates:
             [axes] = [r.axes for r in self.strategy.rules if r.logical == name]
             if self._wants({name: value}) == self._wants({}):
                 return np.full(len(self.sizes), True)
-        apart = frozenset() if axes == value else set(axes) ^ set(value) or set(axes)
-        columns = [AXES.index(a) for a in sorted(apart)]
-        return (self.sizes[:, columns] == 1).all(axis=1)
+        named = sorted({*axes, *value})
+        several = self.sizes[:, [AXES.index(a) for a in named]] > 1
+        patterns, of = np.unique(several, axis=0, return_inverse=True)
+        met = []
+        for pattern in patterns.tolist():
+            idle = {a for a, own in zip(named, pattern, strict=True) if not own}
+            left = ([a for a in some if a not in idle] for some in (axes, value))
+            met.append(operator.eq(*left))
+        return np.array(met, dtype=bool)[of.reshape(-1)]
 
     def _wants(self, axes: Mapping[str, Any]) -> object:
         """What the rules want of the program, with other axes for some of them."""

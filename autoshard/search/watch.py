@@ -40,6 +40,7 @@ class Watch:
     indivisible: int = 0
     too_large: int = 0
     _bests: list[float] = field(default_factory=list)
+    _mixes: dict[object, float] = field(default_factory=dict)
     _front: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((2, 0)))
 
     def lets(self, floor_s: Vector) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -68,12 +69,21 @@ class Watch:
             self._front = self._front_with(step_s, peak_bytes)
             return
         self._bests = self._bests_with(sizes, step_s, peak_bytes)
-        self.step_s = self._limit_s(self._bests)
+        self.step_s = self._limit_s(self._all(self._bests))
+
+    def saw_mix(self, identity: object, step_s: float) -> None:
+        """Notes a mix that fits: several may be one plan, see `Candidates.identity`."""
+        self._mixes[identity] = min(step_s, self._mixes.get(identity, step_s))
+        self.step_s = self._limit_s(self._all(self._bests))
+
+    def _all(self, bests: list[float]) -> list[float]:
+        return sorted([*bests, *self._mixes.values()])[: self.best]
 
     @property
     def fastest_s(self) -> float:
         """Seconds of the best that fits; infinite if none was seen."""
-        found = self._bests if self.best is not None else self._front[0].tolist()
+        bests = self._all(self._bests)
+        found = bests if self.best is not None else self._front[0].tolist()
         return min(found, default=float("inf"))
 
     def limits_s(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> Vector:
@@ -86,7 +96,7 @@ class Watch:
         """
         if self.best is not None:
             found = self._bests_with(sizes, step_s, peak_bytes)
-            return np.full(len(sizes), self._limit_s(found))
+            return np.full(len(sizes), self._limit_s(self._all(found)))
         times, peaks = self._front_with(step_s, peak_bytes)
         # The fastest of those that are no larger.
         held = np.nan_to_num(peak_bytes, nan=np.inf)

@@ -46,6 +46,19 @@ def instance(seed: int) -> Instance:
     return Instance(step, batch, cluster(chips), strategy, about)
 
 
+def with_made_weights(seed: int) -> Instance:
+    """The same, but weights are scaled or rounded before they are used.
+
+    What is used is then no state, but made of it, whatever it is gathered from.
+    """
+    rng = np.random.default_rng(seed)
+    step, batch, ops = _program(rng, np.random.default_rng([seed, 9]))
+    chips = str(rng.choice(_CLUSTERS))
+    strategy = _strategy(rng, cluster(chips).num_chips, batch.shape[0])
+    about = f"seed {seed}: {ops}, made weights, on {batch.shape}, {chips}, {strategy!r}"
+    return Instance(step, batch, cluster(chips), strategy, about)
+
+
 def with_experts(seed: int) -> Instance:
     """An instance whose blocks have experts; the same for the same seed."""
     rng = np.random.default_rng([seed, 7])
@@ -124,8 +137,21 @@ def _for_experts(rng: Any, strategy: Strategy) -> Strategy:
     )
 
 
-def _program(rng: Any) -> tuple[TrainStep, jax.ShapeDtypeStruct, list[str]]:
-    """Up to 12 ops: the ops of a block, once or several times, and a mean."""
+def _made(form: str, w: Any) -> Any:
+    if form == "scaled":
+        return 0.5 * w
+    return w.astype(jnp.bfloat16).astype(w.dtype) if form == "rounded" else w
+
+
+def _program(
+    rng: Any, forms: Any = None
+) -> tuple[TrainStep, jax.ShapeDtypeStruct, list[str]]:
+    """Up to 12 ops: the ops of a block, once or several times, and a mean.
+
+    Args:
+        rng: What draws them.
+        forms: What draws how weights are made of parameters; they are these without.
+    """
     repeats = int(rng.choice([1, 1, 2, 3]))
     width = int(rng.choice(_DIMS))
     shape = [int(rng.choice([1, 4, 6, 8, 8, 16, 16])), width]
@@ -136,6 +162,12 @@ def _program(rng: Any) -> tuple[TrainStep, jax.ShapeDtypeStruct, list[str]]:
     ops = [str(k) for k in rng.choice(kinds, count, p=[0.1, 0.4, *[0.1] * 5])]
     hidden = [int(rng.choice(_DIMS)) for _ in ops]
     named = [str(n) for n in rng.choice(["", "mlp", "heads", "vocab"], count)]
+
+    how = ["plain"] * count
+    if forms is not None:
+        how = [
+            str(form) for form in forms.choice(["plain", "scaled", "rounded"], count)
+        ]
 
     def params(key: Any) -> Any:
         block = {}
@@ -152,12 +184,12 @@ def _program(rng: Any) -> tuple[TrainStep, jax.ShapeDtypeStruct, list[str]]:
     def apply(block: Any, x: Any) -> Any:
         for k, (op, name) in enumerate(zip(ops, named, strict=True)):
             if op == "product":
-                x = x @ block[f"{op}{k}_0"]
+                x = x @ _made(how[k], block[f"{op}{k}_0"])
             elif op == "pair":
-                h = jnp.tanh(x @ block[f"{op}{k}_0"])
+                h = jnp.tanh(x @ _made(how[k], block[f"{op}{k}_0"]))
                 if name:
                     h = ash.annotate(h, "batch", *[None] * (h.ndim - 2), name)
-                x = x + h @ block[f"{op}{k}_1"]
+                x = x + h @ _made(how[k], block[f"{op}{k}_1"])
             elif op == "scale":
                 x = x * block[f"{op}{k}_0"]
             elif op == "softmax":

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers.small_programs import instance, with_experts
+from helpers.small_programs import instance, with_experts, with_made_weights
 from helpers.spaces import OneByOne, fitting, small_memory
 
 from autoshard.cost.price import MEMORY_HEADROOM
@@ -61,6 +61,17 @@ def check_exact(seed, given):
 @pytest.mark.parametrize("seed", CI)
 def test_bounded_search_is_exact(seed):
     check_exact(seed, instance(seed))
+
+
+@pytest.mark.parametrize("seed", EXPERTS)
+def test_bounded_search_is_exact_with_made_weights(seed):
+    check_exact(seed, with_made_weights(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ALL[len(EXPERTS) :])
+def test_bounded_search_is_exact_with_made_weights_at_length(seed):
+    check_exact(seed, with_made_weights(seed))
 
 
 @pytest.mark.parametrize("seed", EXPERTS)
