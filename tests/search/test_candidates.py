@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 from helpers.equality import abstract_batch, make_step
 
-from autoshard.cost import floors
+from autoshard.cost import Wish, floors
+from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
-from autoshard.search import bounds
-from autoshard.search.bounds import Floors, Wanted
+from autoshard.search import bounds, candidates
+from autoshard.search.bounds import Floors
 from autoshard.search.candidates import Space
 from autoshard.search.pinning import with_pins
-from autoshard.search.placing import Placing
-from autoshard.search.space import pipelines
+from autoshard.search.watch import Watch
 
 PINS = {
     "llama3-tiny": {"rules.vocab": "tensor", "rules.seq.residual": "none"},
     "gpt2-tiny": {"rules.kv_heads": "tensor", "rules.vocab": "none"},
 }
+
+
+OWN = ("bytes_", "step_s")
+EVERY = 7
+"""Of how many structures one is compared: storage and rules take turns by others."""
 
 
 @pytest.mark.parametrize("chips", ["h100:8", "v5e:2x4", "cpu:8"])
@@ -35,47 +41,57 @@ PINS = {
         ("llama3-tiny", {"storage.optimizer": "fsdp+data"}),
     ],
 )
-def test_no_storage_is_below_the_bound_of_its_family(model, storage, chips):
+def test_no_candidate_is_below_its_bounds(model, storage, chips, monkeypatch):
     there = cluster(chips)
     step = make_step(model, scan=True)
     pins = {**PINS[model], "rules.heads": "tensor", "offload": "auto", **storage}
     strategy = with_pins(load_strategy("auto"), pins)
     space = Space(step, (abstract_batch(),), lambda _: None, strategy)
-    groups = space.price(strategy, there)
+    bound_of, compared, tried, calls = bounds.floor_s, [], set(), itertools.count()
 
-    def family(group):
-        return group.strategy.rules, group.strategy.schedule
-
-    hows = pipelines(strategy)
-    compared, raised, tried = 0, 0, set()
-    for _, members in itertools.groupby(groups, key=family):
-        first, *others = members
-        for group in (first, *others):
-            cuts = group.cuts.astype(np.float64)
-            placing = Placing.of(strategy, there, group.sizes)
-            free = placing.meshes(group.sizes), cuts
-            found = Floors.of(first.pricer, *free, group.offloads)
-            whole_s, _, rest_s = found.of_step
-            stored_s = floors.stored_s(group.pricer, *free, rest_s)
-            for whole in (whole_s, rest_s, stored_s):
-                floor_s = floors.in_stages(first.pricer, *free, whole, hows)
-                assert (floor_s <= group.step_s * (1 + 1e-12)).all(), group.strategy
-            raised += int((stored_s > rest_s).sum())
-            for k, offload in enumerate(group.offloads):
-                # What fits its own memory is let through, and not above its own time.
-                here = group.offload == k
-                own = (x[here] * (1 + 1e-12) for x in (group.peak_bytes, group.step_s))
-                bound_s = bounds.floor_s(
-                    group.pricer,
-                    placing,
-                    group.sizes[here],
-                    cuts[here],
-                    Floors(found.of_step[:, here], found.alive[:, :, here]),
-                    Wanted(hows, (offload,), *own),
+    def checked(pricer, placing, sizes, cuts, found, wanted):
+        hows = wanted.pipelines
+        if next(calls) % EVERY:
+            return bound_of(pricer, placing, sizes, cuts, found, wanted)
+        free = placing.meshes(sizes), cuts
+        family_s = floors.in_stages(pricer, *free, found.of_step[0], hows)
+        rng = np.random.default_rng(len(compared))
+        for several in (False, True):
+            at = np.flatnonzero((sizes[:, 0] > 1) == several)
+            if not len(at):
+                continue
+            turns = hows if several else ()
+            orders = None
+            if placing.anywhere is not None:
+                orders = rng.permuted(
+                    np.tile(np.arange(len(AXES)), (len(at), 1)), axis=1
                 )
-                assert (bound_s <= group.step_s[here] * (1 + 1e-12)).all(), offload
-                tried.add(offload)
-            compared += len(group.sizes)
-    assert compared > 300
-    assert raised > 100
+            wish = Wish(turns, wanted.offloads)
+            given = there, sizes[at], cuts[at], wish, orders
+            for prices in pricer.price_all(*given):
+                valid = prices.cut.valid if several else np.ones(len(at), dtype=bool)
+                here = at[valid]
+                own = (
+                    x[valid] * (1 + 1e-12) for x in (prices.peak_bytes, prices.step_s)
+                )
+                # What fits its own memory is let through, and not above its own time.
+                own = dataclasses.replace(
+                    wanted,
+                    offloads=(prices.offload,),
+                    **dict(zip(OWN, own, strict=True)),
+                )
+                some = Floors(found.of_step[:, here], found.alive[:, :, here])
+                least_s = bound_of(pricer, placing, sizes[here], cuts[here], some, own)
+                assert (least_s <= own.step_s).all(), (prices.offload, turns)
+                assert (family_s[here] <= own.step_s).all(), (prices.offload, turns)
+                compared.append(len(here))
+                tried.add(prices.offload)
+        return bound_of(pricer, placing, sizes, cuts, found, wanted)
+
+    monkeypatch.setattr(candidates, "floor_s", checked)
+    # Nothing is left out, so that all are compared.
+    monkeypatch.setattr(Watch, "lets", lambda _, floor_s: ~np.isnan(floor_s))
+    groups = space.priced(strategy, there, watch=Watch(1, there.hbm_bytes))
+    assert list(groups)
+    assert sum(compared) > 300
     assert len(tried) == (8 if there.kind == "gpu" else 1)
