@@ -43,26 +43,38 @@ def begin() -> Start:
     return Start(commit(), now, round(os.getloadavg()[0], 2))
 
 
-def arguments(about: str) -> argparse.Namespace:
-    """The command line that all benchmarks share.
+def parser(about: str, only: str = "") -> argparse.ArgumentParser:
+    """The command line that benchmarks share, for more to be added.
 
     Args:
         about: The module docstring of the benchmark, shown by `--help`.
+        only: What `--only TEXT` leaves, in words; there is no such option without.
 
     Returns:
-        `into`, the folder that gets the record.
+        A parser of `into`, the folder that gets the record, and of `only`.
     """
-    parser = argparse.ArgumentParser(
+    found = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    found.add_argument(
         "--into",
         type=Path,
         default=RESULTS,
         metavar="DIR",
         help="where to write the record (default: benchmarks/results)",
     )
-    return parser.parse_args()
+    if only:
+        found.add_argument("--only", default="", metavar="TEXT", help=only)
+    return found
+
+
+def arguments(about: str) -> argparse.Namespace:
+    """The command line of a benchmark that has nothing more on it.
+
+    Args:
+        about: As in `parser`.
+    """
+    return parser(about).parse_args()
 
 
 def write(

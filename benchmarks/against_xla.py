@@ -40,12 +40,8 @@ CI = (
 
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _record.parser(__doc__, "cases whose name contains it")
     add = parser.add_argument
-    add("--into", type=Path, default=_record.RESULTS, metavar="DIR", help="record's")
-    add("--only", default="", metavar="TEXT", help="cases whose name contains it")
     add("--models", default="", metavar="A,B", help="programs by name, or zoo, clients")
     add("--ci", action="store_true", help="a few cases of the zoo")
     add("--child", type=Path, metavar="FILE", help=argparse.SUPPRESS)

@@ -66,12 +66,8 @@ CASES = {
 
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--into", type=Path, default=_record.RESULTS, metavar="DIR")
+    parser = _record.parser(__doc__, "cases that have it")
     parser.add_argument("--runs", type=int, default=3, metavar="N")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases that have it")
     return parser.parse_args()
 
 

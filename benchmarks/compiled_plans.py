@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import _record
@@ -41,13 +40,9 @@ BAR = 1.02
 
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _record.parser(__doc__, "cases whose name contains it")
     add = parser.add_argument
     add("kind", choices=tuple(CLUSTERS), help="whose compiler")
-    add("--into", type=Path, default=_record.RESULTS, metavar="DIR", help="record's")
-    add("--only", default="", metavar="TEXT", help="cases whose name contains it")
     return parser.parse_args()
 
 

@@ -33,12 +33,8 @@ _PASSIVE = ("bitcast", "constant", "get-tuple-element", "parameter", "tuple")
 
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _record.parser(__doc__, "cases whose name contains it")
     add = parser.add_argument
-    add("--into", type=Path, default=_record.RESULTS, metavar="DIR", help="record's")
-    add("--only", default="", metavar="TEXT", help="cases whose name contains it")
     add("--strategy", default="fsdp", help="under which the layers are planned")
     add(
         "--texts",

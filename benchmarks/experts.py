@@ -98,11 +98,7 @@ def main() -> int:
 
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--into", type=Path, default=_record.RESULTS, metavar="DIR")
-    parser.add_argument("--only", default="", metavar="SOURCE", help="one table's rows")
+    parser = _record.parser(__doc__, "rows of one table")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows")
     return parser.parse_args()
 

@@ -15,7 +15,6 @@ import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import _record
@@ -153,13 +152,9 @@ def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _record.parser(__doc__, "cases whose name contains it")
     add = parser.add_argument
     add("kind", choices=tuple(CLUSTERS), help="whose compiler")
-    add("--into", type=Path, default=_record.RESULTS, metavar="DIR", help="record's")
-    add("--only", default="", metavar="TEXT", help="cases whose name contains it")
     add("--minutes", type=float, default=60.0, help="begin no case after so many")
     return parser.parse_args()
 

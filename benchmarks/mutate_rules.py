@@ -17,7 +17,6 @@ The bar: no mutant survives.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -277,11 +276,7 @@ def _line(mutant: dict[str, Any]) -> str:
 
 def main() -> int:
     """Runs every mutant and writes the record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", default="", metavar="PRIMITIVE")
-    parser.add_argument("--into", type=_record.Path, default=_record.RESULTS)
+    parser = _record.parser(__doc__, "cases of one primitive")
     arguments = parser.parse_args()
     start, begun_s = _record.begin(), time.monotonic()
     found = run(arguments.only)

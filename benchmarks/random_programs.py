@@ -36,12 +36,9 @@ PART = 200
 
 def arguments() -> argparse.Namespace:
     """The command line; `--part` and `--as-usual` are how a run calls itself."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _record.parser(__doc__)
     parser.add_argument("--count", type=int, default=20_000, metavar="N")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
-    parser.add_argument("--into", type=Path, default=_record.RESULTS, metavar="DIR")
     parser.add_argument(
         "--state",
         type=Path,

@@ -381,10 +381,7 @@ def rows(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def main() -> int:
     """Runs the clients; 1 when one of them fails, 2 when none is installed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--into", type=Path, default=_record.RESULTS, metavar="DIR")
+    parser = _record.parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="CLIENT", help="just these")
     parser.add_argument(
         "--stage", nargs="+", choices=("full", "small"), default=["full", "small"]

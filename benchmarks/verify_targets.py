@@ -18,7 +18,6 @@ import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import _record
@@ -34,13 +33,9 @@ LARGE_BAR_S = 60.0
 
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _record.parser(__doc__, "cases whose name contains it")
     add = parser.add_argument
     add("kind", choices=tuple(CLUSTERS), help="whose compiler")
-    add("--into", type=Path, default=_record.RESULTS, metavar="DIR", help="record's")
-    add("--only", default="", metavar="TEXT", help="cases whose name contains it")
     add("--variants", default=",".join(VARIANTS), metavar="A,B", help="of the program")
     add("--large", action="store_true", help="an 8B decoder of two blocks instead")
     return parser.parse_args()
