@@ -17,7 +17,7 @@ from autoshard.cost.collectives import Meshes
 from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import STAGE, Table
-from autoshard.search.divisible import as_if_divided, batch_divides
+from autoshard.search.divisible import batch_divides, divide_alike
 from autoshard.search.placing import Placing
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
@@ -209,7 +209,7 @@ class Family:
         self._known[rows] = True
         fits = batch_divides(pricer, self.grid[rows], self.cuts[rows], self.batch)
         self._floor_s[rows[fits]] = 0.0
-        rows = rows[fits & as_if_divided(pricer, self.grid[rows])]
+        rows = rows[fits & divide_alike(pricer, self.grid[rows], {})]
         if not len(rows):
             return
         meshes, cuts = Meshes(placing.cluster, self.grid[rows]), self.cuts[rows]

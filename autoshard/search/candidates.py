@@ -6,39 +6,35 @@ is propagated once; all its candidates are priced together.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
-from autoshard.cost import Pricer
 from autoshard.cost.context import ALL_GATHER
 from autoshard.cost.offload import Offload, Offloading
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.price import MEMORY_HEADROOM
-from autoshard.cost.segments import Segments
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
 from autoshard.ir.remat import parts_of
 from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.sharded import Layout
 from autoshard.plan.strategy import Strategy
-from autoshard.propagate import propagate
 from autoshard.search import space
-from autoshard.search.alike import Alike, felt, state_dims
+from autoshard.search.alike import Alike
 from autoshard.search.bounds import Family, Wanted, floor_s
 from autoshard.search.divisible import divisible
 from autoshard.search.offloads import offloads
 from autoshard.search.placing import Placing
 from autoshard.search.priced import STAGE, Candidates, price
+from autoshard.search.propagated import Propagated
 from autoshard.search.reading import Sketch, fixed_sizes
+from autoshard.search.staging import staged_as_can_be
 from autoshard.search.watch import Watch
 
 Log = Callable[[str], None]
@@ -56,9 +52,7 @@ class Space:
     def __post_init__(self) -> None:
         self._said: set[str] = set()
         self._sketches: dict[str, Sketch | None] = {}
-        self._pricers: dict[Any, Pricer] = {}
-        self._attending: dict[Any, bool] = {}
-        self._state_dims: dict[Any, frozenset[tuple[str, ...]]] = {}
+        self._propagated = Propagated()
 
     def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
         """The program traced without microbatches, with or without remat."""
@@ -130,7 +124,7 @@ class Space:
         sketch = self.sketch("none")
         assert sketch is not None
         if self.pipelines(strategy):
-            rows = _staged_as_can_be(rows, strategy, sketch.shallow.work.segments)
+            rows = staged_as_can_be(rows, strategy, sketch.shallow.work.segments)
         for axis, size in fixed_sizes(sketch).items():
             column = rows[:, AXES.index(axis)]
             if not (column == size).any():
@@ -266,7 +260,7 @@ class Space:
         open_ = Placing.of(strategy, cluster, grid)
         required = not strategy.schedule.remat_is_open
         batch, hows = self.batch(), self.pipelines(strategy)
-        alike = Alike(grid)
+        propagated, alike = self._propagated, Alike(grid)
         family: Any = None
         bounds, first = Family(grid, cuts, batch), strategy
         for structure in space.structures(strategy, keep):
@@ -276,7 +270,7 @@ class Space:
             gathers = structure.schedule.context_kind == ALL_GATHER
             placing = open_ if gathers else open_.usual
             sketch = self.sketch(structure.schedule.remat, required=required)
-            if sketch is None or not self._attends(structure, sketch, strategy):
+            if sketch is None or not propagated.attends(structure, sketch, strategy):
                 continue
             new = alike.distinct(structure, sketch.names)
             if bounded and (structure.rules, structure.schedule) != family:
@@ -288,18 +282,18 @@ class Space:
             here = np.flatnonzero(new)
             if bounded and len(here):
                 wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
-                for active, rows in self._parts(first, sketch, grid, here):
-                    pricer = self._pricer(first, sketch, active)
+                for active, rows in propagated.parts(first, sketch, grid, here):
+                    pricer = propagated.pricer(first, sketch, active)
                     bounds.find(pricer, placing, rows, wanted)
                 here = here[watch.lets(bounds.floor_s(here))]
             if not len(here):
                 continue
             parts = []
-            for active, rows in self._parts(structure, sketch, grid, here):
-                pricer = self._pricer(structure, sketch, active)
+            for active, rows in propagated.parts(structure, sketch, grid, here):
+                pricer = propagated.pricer(structure, sketch, active)
                 fits = divisible(pricer, grid[rows], cuts[rows], batch)
                 watch.indivisible += int((~fits).sum())
-                for pricer, at in self._as_divided(
+                for pricer, at in propagated.as_divided(
                     structure, sketch, active, grid, rows[fits]
                 ):
                     if bounded:
@@ -307,9 +301,9 @@ class Space:
                         own = grid[at], cuts[at].astype(float), bounds.floors(at)
                         at = at[watch.lets(floor_s(pricer, placing, *own, wanted))]
                     parts.append((pricer, grid[at], cuts[at]))
-            propagated = partial(self._pricer, structure, sketch)
+            whole = partial(propagated.pricer, structure, sketch)
             found = price(
-                propagated,
+                whole,
                 structure,
                 sketch.names,
                 cluster,
@@ -321,155 +315,3 @@ class Space:
             )
             watch.saw(found.sizes, found.step_s, found.peak_bytes)
             yield found
-
-    def _attends(self, structure: Strategy, sketch: Sketch, asked: Strategy) -> bool:
-        """Whether attention can be done as a structure has it.
-
-        Raises:
-            InputError: It cannot, and that is fixed.
-        """
-        kind = structure.schedule.context_kind
-        if kind == ALL_GATHER:
-            return True
-        key = (structure.schedule.remat, structure.rules)
-        if key not in self._attending:
-            attends = bool(self._pricer(structure, sketch).context.passes)
-            self._attending[key] = attends
-        if self._attending[key]:
-            return True
-        if asked.schedule.context_kind == "auto":
-            return False
-        raise InputError(
-            f"context_kind = {kind!r}{asked.where('context_kind')} is for attention "
-            "over a sequence that a rule shards over `context`, and none was found: "
-            "there must be products of queries and keys, both of the sequence, that "
-            'run on a part of the queries each. Add `seq = ["context"]` to [rules] '
-            "if it is missing there, or drop context_kind."
-        )
-
-    def _parts(
-        self, structure: Strategy, sketch: Sketch, grid: np.ndarray, rows: np.ndarray
-    ) -> Iterator[tuple[frozenset[str], np.ndarray]]:
-        """Some rows of a grid of mesh sizes, by the axes to propagate along.
-
-        Where an axis has one device the structure is what it is without the axis. As a
-        rule it need not be propagated again for that: along the others it is the same.
-        """
-        schedule = structure.schedule
-        if (schedule.remat, structure.rules) not in self._state_dims:
-            dims = state_dims(self._pricer(structure, sketch).sharded)
-            self._state_dims[schedule.remat, structure.rules] = dims
-        dims = self._state_dims[schedule.remat, structure.rules]
-        together = sorted(felt(structure, sketch.traced, sketch.classes.fixed, dims))
-        columns = [[AXES.index(axis) for axis in axes] for axes in together]
-        lacks = np.array([(grid[rows][:, c] == 1).all(axis=1) for c in columns])
-        bits = (1 << np.arange(len(together))) @ lacks.reshape(len(together), len(rows))
-        for pattern in np.unique(bits).tolist():
-            lacking = {
-                a for k, own in enumerate(together) if pattern >> k & 1 for a in own
-            }
-            yield frozenset(AXES) - lacking, rows[bits == pattern]
-
-    def _as_divided(
-        self,
-        structure: Strategy,
-        sketch: Sketch,
-        active: frozenset[str],
-        grid: np.ndarray,
-        rows: np.ndarray,
-    ) -> Iterator[tuple[Pricer, np.ndarray]]:
-        """Some rows of a grid of mesh sizes, by what prices them as they divide.
-
-        Propagation without sizes takes it that everything divides. Where something it
-        asks for does not, it is propagated with the sizes of such a mesh, which then
-        stands for all that answer alike.
-        """
-        sizes: dict[str, int] = {}
-        while len(rows):
-            pricer = self._pricer(structure, sketch, active, sizes)
-            alike = np.ones(len(rows), dtype=bool)
-            for size, axes in pricer.sharded.asked:
-                ways = grid[rows][:, [AXES.index(a) for a in axes]].prod(axis=1)
-                met = size % math.prod(sizes.get(a, 1) for a in axes) == 0
-                alike &= (size % ways == 0) == met
-            if alike.any():
-                yield pricer, rows[alike]
-            rows = rows[~alike]
-            if len(rows):
-                # Of an axis without a size nothing is taken for granted but that it may
-                # have several devices, as it has in others that answer alike.
-                own = zip(AXES, grid[rows[0]].tolist(), strict=True)
-                sizes = {axis: size for axis, size in own if size > 1}
-
-    def _pricer(
-        self,
-        structure: Strategy,
-        sketch: Sketch,
-        active: frozenset[str] = frozenset(AXES),
-        sizes: Mapping[str, int] = MappingProxyType({}),
-    ) -> Pricer:
-        layout = replace(Layout.of(structure).along(active), sizes=dict(sizes))
-        states = (layout.params, layout.gradients, layout.optimizer)
-        key = (structure.schedule.remat, layout.rules, states, tuple(sizes.items()))
-        gathering = key, ALL_GATHER
-        if gathering not in self._pricers:
-            shallow = sketch.shallow
-            sharded = propagate(shallow.traced, shallow.classes, layout)
-            self._pricers[gathering] = Pricer(sharded, shallow.work)
-        if "context" not in active:
-            return self._pricers[gathering]
-        how = structure.schedule.context_kind, structure.schedule.context_heads
-        if (key, *how) not in self._pricers:
-            found = self._pricers[gathering].with_context(*how)
-            self._pricers[key, *how] = found
-        return self._pricers[key, *how]
-
-
-def _staged_as_can_be(
-    rows: np.ndarray, strategy: Strategy, segments: Segments
-) -> np.ndarray:
-    """Meshes with no more stages than there are blocks, and schedules for them.
-
-    Raises:
-        InfeasibleError: The strategy fixes more stages than that.
-    """
-    stages = rows[:, STAGE]
-    most = segments.blocks
-    if not (stages <= most).any():
-        why = f": {segments.why}" if segments.why else ""
-        raise InfeasibleError(
-            f"stage = {strategy.mesh['stage']}{strategy.where('stage')} asks for more "
-            f"stages than the program has blocks to cut between, {most}{why}. Take as "
-            "many stages as there are blocks or fewer, or leave stage = 'auto'."
-        )
-    rows = _for_blocks(rows[stages <= most], strategy, segments)
-    wished = strategy.schedule.pipeline not in ("auto", "none")
-    several = rows[:, STAGE] > 1
-    # A schedule that is fixed is not followed where there is one stage.
-    return rows[several] if wished and several.any() else rows
-
-
-def _for_blocks(rows: np.ndarray, strategy: Strategy, segments: Segments) -> np.ndarray:
-    """Meshes with as many stages as the blocks that are fixed are for.
-
-    Raises:
-        InputError: There are not as many blocks in the program.
-        InfeasibleError: No mesh has as many stages.
-    """
-    blocks = strategy.schedule.blocks
-    if not blocks:
-        return rows
-    said = f"blocks = {list(blocks)}{strategy.where('blocks')}"
-    if sum(blocks) != segments.blocks:
-        raise InputError(
-            f"{said} cuts {sum(blocks)} blocks into stages, and the program has "
-            f"{segments.blocks}; give every stage its blocks, in order."
-        )
-    parts = {how.virtual for how in space.pipelines(strategy)}
-    fits = np.isin(rows[:, STAGE], [len(blocks) / part for part in parts])
-    if not fits.any():
-        raise InfeasibleError(
-            f"{said} is for {len(blocks)} parts of stages, and no mesh has as many: "
-            f"stage = {strategy.mesh['stage']}, virtual = {strategy.schedule.virtual}."
-        )
-    return rows[fits]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,16 +45,21 @@ def batch_divides(
     return fits
 
 
-def as_if_divided(pricer: Pricer, sizes: np.ndarray) -> np.ndarray:
-    """Whether all divides that propagation without sizes took to divide, bool[mesh].
+def divide_alike(
+    pricer: Pricer, meshes: np.ndarray, sizes: Mapping[str, int]
+) -> np.ndarray:
+    """Whether all that propagation asked for divides as it took it, bool[mesh].
 
     Args:
-        pricer: What was propagated without sizes.
-        sizes: Of the meshes, int64[mesh, axis].
+        pricer: What was propagated.
+        meshes: Their sizes, int64[mesh, axis].
+        sizes: With which it was, by axis; where it has none, all was taken to divide.
     """
-    found = np.ones(len(sizes), dtype=bool)
+    found = np.ones(len(meshes), dtype=bool)
     for size, axes in pricer.sharded.asked:
-        found &= size % sizes[:, [AXES.index(a) for a in axes]].prod(axis=1) == 0
+        ways = meshes[:, [AXES.index(a) for a in axes]].prod(axis=1)
+        met = size % math.prod(sizes.get(a, 1) for a in axes) == 0
+        found &= (size % ways == 0) == met
     return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from autoshard.cost import fastest_s
 from autoshard.cost.price import MEMORY_HEADROOM
+from autoshard.ir.program import no_collection
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Strategy
 from autoshard.search import space
@@ -90,6 +91,7 @@ class Explored:
         return found
 
 
+@no_collection()
 def explore(
     everything: Space,
     strategy: Strategy,
