@@ -162,7 +162,9 @@ _SAME_VALUE = (
     "copy",
     "transpose",
     "autoshard_annotate",
+    "split",
 )
+"""Ops whose results are parameters, or parts of them, where the operand is."""
 
 
 def moves_of_state(
