@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from autoshard.propagate.assign import propagate
 from autoshard.propagate.classes import find_classes
+from autoshard.propagate.decide import UnderRules
 
-__all__ = ["find_classes", "propagate"]
+__all__ = ["UnderRules", "find_classes", "propagate"]

@@ -27,7 +27,7 @@ from autoshard.plan.sharded import (
     Reshard,
     ShardedProgram,
 )
-from autoshard.propagate.decide import Decisions, Outcome
+from autoshard.propagate.decide import Decisions, Outcome, UnderRules
 from autoshard.propagate.divide import what_divides
 from autoshard.propagate.exchanges import between_neighbours, in_manual_region
 from autoshard.propagate.gradients import gradient_targets
@@ -49,7 +49,12 @@ def _has_gaps(program: Program, op: Op, rule: FactorRule) -> bool:
     )
 
 
-def propagate(traced: Traced, classes: DimClasses, layout: Layout) -> ShardedProgram:
+def propagate(
+    traced: Traced,
+    classes: DimClasses,
+    layout: Layout,
+    under: UnderRules | None = None,
+) -> ShardedProgram:
     """Applies a layout to a program.
 
     Args:
@@ -57,11 +62,16 @@ def propagate(traced: Traced, classes: DimClasses, layout: Layout) -> ShardedPro
         classes: Its classes, from `find_classes`.
         layout: Rules and storage. With `layout.sizes` known, a state leaf that no
             dim of which divides stays as computed, and a note says so.
+        under: What was found of the program under the same rules and sizes with
+            other storage; it is added to.
 
     Returns:
         The sharded program.
     """
-    return _Propagation(traced, classes, layout).run()
+    if under is None:
+        under = UnderRules(traced, classes, layout)
+    assert under.has(layout), layout
+    return _Propagation(traced, classes, layout, under).run()
 
 
 @dataclass
@@ -70,12 +80,11 @@ class _Propagation(Decisions):
     pins: list[tuple[int, str]] = field(default_factory=list)
     factor_axes: list[Dims] = field(default_factory=list)
     exchanges: list[Exchange] = field(default_factory=list)
-    outcomes: dict[object, Outcome] = field(default_factory=dict)
     state: list[int] = field(default_factory=list)
-    states: dict[object, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.outcomes, self.states = self.under.outcomes, self.under.states
         self.state = [-1] * len(self.program.values)
 
     # -- the pass ----------------------------------------------------------------
@@ -170,23 +179,30 @@ class _Propagation(Decisions):
             key = (key, self._more(op, rule))
         outcome = self.outcomes.get(key)
         if outcome is None:
-            outcome = self.decide(op, rule)
-            self._apply(op, rule, outcome)
-            quiet = not (
-                outcome.stored
-                or outcome.free
-                or outcome.reshards
-                or outcome.pins
-                or rule.halos
-                or rule.op_kind == "collective"
-            )
-            states = tuple([self._state_of(v) for v in outputs])
-            outcome = replace(outcome, states=states, quiet=quiet)
+            outcome = self._first(op, rule)
             self.outcomes[key] = outcome
         else:
             self._apply(op, rule, outcome)
+        wants.asked |= outcome.asked
         for v, number in zip(outputs, outcome.states, strict=True):
             state[v] = number
+
+    def _first(self, op: Op, rule: FactorRule) -> Outcome:
+        """Visits an op that is like none before it."""
+        asked, self.wants.asked = self.wants.asked, set()
+        outcome = self.decide(op, rule)
+        own, self.wants.asked = frozenset(self.wants.asked), asked
+        self._apply(op, rule, outcome)
+        quiet = not (
+            outcome.stored
+            or outcome.free
+            or outcome.reshards
+            or outcome.pins
+            or rule.halos
+            or rule.op_kind == "collective"
+        )
+        states = tuple([self._state_of(v) for v in op.outputs])
+        return replace(outcome, states=states, quiet=quiet, asked=own)
 
     def _odd_ops(self) -> set[int]:
         """Ops of which an outcome hangs on more than what they are and see."""
@@ -228,7 +244,7 @@ class _Propagation(Decisions):
             more += [self.wants.wish_of_value[v] for v in op.outputs]
             more += [self.program.values[v].shape for v in op.outputs]
         if op.primitive == "autoshard_annotate" and op.params["role"]:
-            more.append(op.params["path"])
+            more += [op.params["path"], self.layout.gradients]
         elif op.primitive == LINK and "names" in op.params:
             more.append(str(op.params["names"]))
         return tuple(more)

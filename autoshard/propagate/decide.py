@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autoshard.ir.program import BARRIER, LINK, Op
@@ -39,6 +39,7 @@ class Outcome:
         pins: Slots to pin.
         states: What later ops see of each result, see `_state_of`.
         quiet: Whether there is nothing but axes and specs to it.
+        asked: What `Wants.divides` was asked for it.
     """
 
     axes: Dims
@@ -49,6 +50,41 @@ class Outcome:
     pins: tuple[str, ...]
     states: tuple[int, ...] = ()
     quiet: bool = False
+    asked: frozenset[tuple[int, tuple[str, ...]]] = frozenset()
+
+
+class UnderRules:
+    """What all layouts of a program have in common that differ in storage alone.
+
+    Ops that do not meet what is stored otherwise have the outcomes they had under
+    another storage, so `propagate` works them out once.
+
+    Args:
+        traced: The program.
+        classes: Its dim classes.
+        layout: One of the layouts.
+
+    Attributes:
+        wants: What the rules want.
+        sums: Partial sums that are added before they are reduced.
+        outcomes: By all that the outcome of an op hangs on.
+        states: A number for all that ops see of a value.
+    """
+
+    def __init__(self, traced: Traced, classes: DimClasses, layout: Layout) -> None:
+        self.wants = Wants(traced, classes, layout)
+        self.sums: Sums = find_sums(traced.program, classes, self.wants)
+        self.outcomes: dict[object, Outcome] = {}
+        self.states: dict[object, int] = {}
+        self._common = _common(layout)
+
+    def has(self, layout: Layout) -> bool:
+        """Whether a layout is one of these."""
+        return self._common == _common(layout)
+
+
+def _common(layout: Layout) -> Layout:
+    return replace(layout, params=(), gradients=(), optimizer=())
 
 
 @dataclass
@@ -59,6 +95,7 @@ class Decisions:
         traced: The program.
         classes: Its dim classes and rules.
         layout: What is applied.
+        under: What it has in common with layouts of other storage.
         specs: Spec per value that is known so far.
         free: Values made of constants only.
         stored: Values in their storage spec, and that spec.
@@ -68,6 +105,7 @@ class Decisions:
     traced: Traced
     classes: DimClasses
     layout: Layout
+    under: UnderRules
     specs: list[Dims | None] = field(default_factory=list)
     free: set[int] = field(default_factory=set)
     stored: dict[int, Dims] = field(default_factory=dict)
@@ -75,9 +113,9 @@ class Decisions:
 
     def __post_init__(self) -> None:
         self.program = self.traced.program
-        self.wants = Wants(self.traced, self.classes, self.layout)
+        self.wants = self.under.wants.stored_as(self.layout)
+        self.sums = self.under.sums
         self.specs = [None] * len(self.program.values)
-        self.sums: Sums = find_sums(self.program, self.classes, self.wants)
 
     def gradient_dims(self, op: Op) -> Dims:
         """The spec in which a marked gradient is stored."""

@@ -10,6 +10,7 @@ of its axes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from math import gcd
 
 from autoshard.ir.program import Op
@@ -83,6 +84,13 @@ class Wants:
         self.wish_of_value = classes.of_value.mapped(wishes)
         self.wish_of_factor = classes.of_factor.mapped(wishes)
         self._value_memo: dict[object, Dims] = {}
+
+    def stored_as(self, layout: Layout) -> Wants:
+        """The same wishes for a layout that differs in storage alone."""
+        assert layout.rules == self.layout.rules, (layout.rules, self.layout.rules)
+        found = copy(self)
+        found.layout, found.notes, found.asked = layout, {}, set()
+        return found
 
     def divides(self, size: int, axes: Axes) -> bool:
         """Whether a size divides over axes; while their sizes are not known, it does.

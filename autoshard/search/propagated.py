@@ -15,7 +15,7 @@ from autoshard.ir.errors import InputError
 from autoshard.ir.mesh import AXES
 from autoshard.plan.sharded import Layout
 from autoshard.plan.strategy import Strategy
-from autoshard.propagate import propagate
+from autoshard.propagate import UnderRules, propagate
 from autoshard.search.alike import felt, state_dims
 from autoshard.search.divisible import divide_alike
 from autoshard.search.reading import Sketch
@@ -26,6 +26,7 @@ class Propagated:
 
     def __init__(self) -> None:
         self._pricers: dict[Any, Pricer] = {}
+        self._under_rules: dict[Any, UnderRules] = {}
         self._attending: dict[Any, bool] = {}
         self._state_dims: dict[Any, frozenset[tuple[str, ...]]] = {}
 
@@ -124,9 +125,14 @@ class Propagated:
         key = (structure.schedule.remat, layout.rules, states, tuple(sizes.items()))
         gathering = key, ALL_GATHER
         if gathering not in self._pricers:
-            shallow = sketch.shallow
-            sharded = propagate(shallow.traced, shallow.classes, layout)
-            self._pricers[gathering] = Pricer(sharded, shallow.work)
+            traced, classes = sketch.shallow.traced, sketch.shallow.classes
+            # Of what differs in storage alone all else is propagated once.
+            rules = structure.schedule.remat, layout.rules, tuple(sizes.items())
+            if rules not in self._under_rules:
+                self._under_rules[rules] = UnderRules(traced, classes, layout)
+            under = self._under_rules[rules]
+            sharded = propagate(traced, classes, layout, under)
+            self._pricers[gathering] = Pricer(sharded, sketch.shallow.work)
         if "context" not in active:
             return self._pricers[gathering]
         how = structure.schedule.context_kind, structure.schedule.context_heads
