@@ -182,13 +182,12 @@ class TrainStep:
         if self._is_nnx:
             params, rest = (nnx.to_pure_dict(part) for part in self._abstract[1:])
 
-            def fresh() -> TrainState:
-                # An optimizer computes with what it is given, which shapes alone do not
-                # allow.
-                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
-                return self._fresh(zeros, rest)
+            # An optimizer computes with what it is given, which shapes alone do not
+            # allow, so they are arguments of what is traced.
+            def shapes(fresh: Callable[[Any], TrainState]) -> TrainState:
+                return jax.eval_shape(fresh, params)
 
-            state = build(fresh, jax.eval_shape)[0]
+            state = build(lambda params: self._fresh(params, rest), shapes)[0]
         else:
             state = build(lambda: self.init(0), jax.eval_shape)[0]
         # Under a mesh with Explicit axes shapes come with shardings nobody asked for.

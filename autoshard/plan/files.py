@@ -21,6 +21,7 @@ from autoshard.ir.errors import (
     OutputError,
     PlanMismatchError,
 )
+from autoshard.ir.program import no_collection
 from autoshard.plan.chip import ChipType, to_toml
 from autoshard.plan.schema import SCHEMA_VERSION, Plan
 from autoshard.plan.strategy import Strategy
@@ -100,12 +101,38 @@ def _validated(model: Any, document: Any, what: str) -> Any:
         raise type(error)(f"{what}: {error}") from None
 
 
+_EXPANDED = 2
+"""Levels of a plan's JSON that have a line per key; below, a record is one line."""
+
+_RECORD = json.JSONEncoder(sort_keys=True, allow_nan=False)
+
+
+@no_collection()
 def plan_to_json(plan: Plan) -> str:
-    """The plan as sorted, deterministic JSON with a final newline."""
-    document = plan.model_dump(mode="json")
-    return json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    """The plan as sorted, deterministic JSON with a final newline.
+
+    A tensor, a collective, a constraint has a line each, so that two plans can be
+    compared line by line.
+    """
+    return _lines(plan.model_dump(mode="json"), 0) + "\n"
 
 
+def _lines(value: Any, level: int) -> str:
+    if not value or not isinstance(value, dict | list) or level > _EXPANDED:
+        return _RECORD.encode(value)
+    indent, last = "\n" + " " * (level + 1), "\n" + " " * level
+    if isinstance(value, dict):
+        rows = [
+            f"{json.dumps(k)}: {_lines(v, level + 1)}" for k, v in sorted(value.items())
+        ]
+        return "{" + indent + f",{indent}".join(rows) + last + "}"
+    if not any(isinstance(one, dict | list) for one in value):
+        return _RECORD.encode(value)
+    rows = map(_RECORD.encode, value)
+    return "[" + indent + f",{indent}".join(rows) + last + "]"
+
+
+@no_collection()
 def plan_from_json(text: str, what: str = "plan") -> Plan:
     """Reads a plan.
 

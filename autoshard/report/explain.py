@@ -244,16 +244,15 @@ def collective_groups(estimate: Estimate) -> list[Document]:
                 "runs": 0,
                 "bytes_": 0,
                 "time_s": 0.0,
-                "values": [],
+                "values": {},
             },
         )
         row["runs"] += c.count
         row["bytes_"] += c.bytes_ * c.count
         row["time_s"] += c.time_s
-        if c.value not in row["values"]:
-            row["values"].append(c.value)
+        row["values"][c.value] = None
     return sorted(
-        groups.values(),
+        ({**row, "values": list(row["values"])} for row in groups.values()),
         key=lambda row: (-row["time_s"], row["kind"], row["axes"], row["source"]),
     )
 

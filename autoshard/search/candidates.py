@@ -21,10 +21,11 @@ from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import InfeasibleError, InputError
 from autoshard.ir.mesh import AXES
 from autoshard.ir.remat import parts_of
+from autoshard.ir.stretch import NotAlikeError
 from autoshard.ir.trace import abstract
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.strategy import Strategy
+from autoshard.plan.strategy import Schedule, Strategy
 from autoshard.search import space
 from autoshard.search.alike import Alike
 from autoshard.search.bounds import Family, Wanted, floor_s
@@ -33,7 +34,7 @@ from autoshard.search.offloads import offloads
 from autoshard.search.placing import Placing
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.propagated import Propagated
-from autoshard.search.reading import Sketch, fixed_sizes
+from autoshard.search.reading import Sketch, cuts_traced, fixed_sizes
 from autoshard.search.staging import staged_as_can_be
 from autoshard.search.watch import Watch
 
@@ -52,6 +53,7 @@ class Space:
     def __post_init__(self) -> None:
         self._said: set[str] = set()
         self._sketches: dict[str, Sketch | None] = {}
+        self._newest: tuple[tuple[int, str], Sketch] | None = None
         self._propagated = Propagated()
 
     def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
@@ -81,6 +83,41 @@ class Space:
                 self.log(f"remat {remat!r} left out: {why}")
                 self._sketches[remat] = None
         return self._sketches[remat]
+
+    def traced_for(self, schedule: Schedule) -> Sketch:
+        """The program traced as a schedule without holes has it.
+
+        Its names are those of the plain program. The newest is kept: plans that are
+        written after one another often differ in mesh and storage alone.
+        """
+        cuts, plain = cuts_traced(schedule), self.sketch("none")
+        assert plain is not None
+        key = cuts, schedule.remat
+        if self._newest is None or self._newest[0] != key:
+            try:
+                if cuts == 1:
+                    traced = self.sketch(schedule.remat)
+                    assert traced is not None
+                    found = traced.named(plain, self.strategy)
+                else:
+                    fn, args = self._scheduled(schedule), self.args
+                    found = Sketch.of(fn, args, self.strategy, plain, self._say)
+            except NotAlikeError as error:
+                found = self.traced_whole_for(schedule, str(error))
+            self._newest = key, found
+        return self._newest[1]
+
+    def traced_whole_for(self, schedule: Schedule, why: str) -> Sketch:
+        """The same with all copies of its blocks, said why."""
+        self._say(f"every copy of the blocks is traced, which takes longer: {why}")
+        fn, plain = self._scheduled(schedule), self.sketch("none")
+        return Sketch.of_whole(fn, self.args, self.strategy, plain)
+
+    def _scheduled(self, schedule: Schedule) -> Any:
+        fn, cuts = self.fn, cuts_traced(schedule)
+        if isinstance(fn, TrainStep):
+            return fn.with_schedule(microbatches=cuts, remat=schedule.remat)
+        return fn
 
     def batch(self) -> int:
         """Leading dim of the data inputs."""

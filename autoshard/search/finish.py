@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.work import analyse
 from autoshard.ir.few import fingerprint
 from autoshard.ir.mesh import Spec, arranged
-from autoshard.ir.stretch import NotAlikeError
+from autoshard.ir.stretch import NotAlikeError, Stretch
 from autoshard.ir.train_step import TrainStep
 from autoshard.ir.version import VERSION
 from autoshard.plan.cluster import Cluster
@@ -26,58 +27,66 @@ from autoshard.plan.schema import (
     TensorPlan,
 )
 from autoshard.plan.sharded import OUTPUT, Layout, ShardedProgram
-from autoshard.plan.strategy import Schedule, Strategy
+from autoshard.plan.strategy import Strategy
 from autoshard.propagate import propagate
+from autoshard.search.candidates import Space
 from autoshard.search.pins import constraints
-from autoshard.search.reading import Sketch
+from autoshard.search.reading import Sketch, cuts_traced
 from autoshard.search.record import records
 from autoshard.search.stretching import stretched
 
 
-def finish(
-    fn: Any,
-    args: tuple[Any, ...],
+@dataclass(frozen=True)
+class Draft:
+    """A candidate priced as it is traced, which may be with few copies of its blocks.
+
+    Attributes:
+        plan: The plan of what is traced; what it predicts is of all of the step.
+        stretch: How the step goes on; None where all of it is traced.
+    """
+
+    plan: Plan
+    stretch: Stretch | None
+    _of_whole: Callable[[str], Plan]
+
+    def spelled_out(self) -> Plan:
+        """The plan of the whole step."""
+        if self.stretch is None:
+            return self.plan
+        try:
+            return stretched(self.plan, self.stretch)
+        except NotAlikeError as error:
+            return self._of_whole(str(error))
+
+
+def draft(
+    space: Space,
     cluster: Cluster,
     strategy: Strategy,
     certificate: Certificate,
-    model_ref: ModelRef | None,
-    plain: Sketch,
-    sketch: Sketch | None = None,
-) -> Plan:
-    """Traces the step as the strategy wants it, and writes the plan down.
+    model_ref: ModelRef | None = None,
+) -> Draft:
+    """Prices a candidate with its microbatches traced.
 
     Args:
-        fn: A `TrainStep` or a plain function.
-        args: Abstract arguments.
+        space: The program.
         cluster: Where it runs.
         strategy: Without holes.
         certificate: Of the search; its gap is completed here.
         model_ref: Recorded in the plan.
-        plain: Sketch of the step without microbatches and remat, for model FLOPs.
-        sketch: Of the step as the strategy wants it, if there is one.
-
-    Returns:
-        The plan.
     """
-    schedule = strategy.schedule
-    assert schedule.microbatches != "auto"
-    traced_cuts = 1 if of_one_microbatch(schedule) else schedule.microbatches
+    plain, schedule = space.sketch("none"), strategy.schedule
+    assert plain is not None
     known = plain.traced.program.fingerprint
-    if isinstance(fn, TrainStep):
-        known = fingerprint(fn, args[-1], known)
-        fn = fn.with_schedule(microbatches=traced_cuts, remat=schedule.remat)
+    if isinstance(space.fn, TrainStep):
+        known = fingerprint(space.fn, space.args[-1], known)
     given = cluster, strategy, certificate, model_ref, plain, known
-    try:
-        found = (
-            sketch.named(plain, strategy)
-            if sketch
-            else Sketch.of(fn, args, strategy, plain)
-        )
-        plan = _plan(found, *given)
-        return stretched(plan, found.stretch) if found.stretch else plan
-    except NotAlikeError:
-        found = Sketch.of_whole(fn, args, strategy, plain)
-        return _plan(found, *given)
+    sketch = space.traced_for(schedule)
+
+    def of_whole(why: str) -> Plan:
+        return _plan(space.traced_whole_for(schedule, why), *given)
+
+    return Draft(_plan(sketch, *given), sketch.stretch, of_whole)
 
 
 def _plan(
@@ -112,7 +121,7 @@ def _plan(
         flops,
         whole,
         pipeline,
-        schedule.microbatches if of_one_microbatch(schedule) else 1,
+        schedule.microbatches // cuts_traced(schedule),
         strategy.order,
         schedule.offload,
     )
@@ -155,15 +164,6 @@ def _plan(
         certificate=certificate,
         **records(sharded),
     )
-
-
-def of_one_microbatch(schedule: Schedule) -> bool:
-    """Whether a step is traced with one microbatch, however many it has.
-
-    Stages have microbatches of their own, and what is offloaded is moved in each.
-    """
-    alone = schedule.microbatches == 1
-    return alone or schedule.pipeline != "none" or bool(schedule.offload)
 
 
 def _sizes(strategy: Strategy) -> dict[str, int]:

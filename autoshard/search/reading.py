@@ -18,7 +18,7 @@ from autoshard.ir.stretch import NotAlikeError, Stretch, fold_few, of_whole
 from autoshard.ir.trace import Traced, trace
 from autoshard.ir.train_step import TrainStep
 from autoshard.plan.sharded import DimClasses
-from autoshard.plan.strategy import Strategy
+from autoshard.plan.strategy import Schedule, Strategy
 from autoshard.propagate import find_classes
 from autoshard.propagate.classes import Hint
 from autoshard.search.alike import Names
@@ -150,6 +150,18 @@ class Sketch:
     def names(self) -> Names:
         """The names that its classes of dims have, each combination once."""
         return frozenset(self.shallow.classes.names.values())
+
+
+def cuts_traced(schedule: Schedule) -> int:
+    """With how many microbatches a step is traced.
+
+    Stages have microbatches of their own, and what is offloaded is moved in each: such
+    a step is traced with one, however many it has.
+    """
+    assert schedule.microbatches != "auto"
+    if schedule.pipeline != "none" or schedule.offload:
+        return 1
+    return schedule.microbatches
 
 
 def read(fn: Any, args: tuple[Any, ...], strategy: Strategy) -> Traced:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from autoshard.ir.errors import InfeasibleError
+from autoshard.ir.program import no_collection
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.schema import Certificate, ModelRef, Plan
 from autoshard.plan.strategy import Strategy
 from autoshard.search.candidates import Space
 from autoshard.search.explore import Entry, Explored, explore
-from autoshard.search.finish import finish, of_one_microbatch
+from autoshard.search.finish import draft
 from autoshard.search.pinning import with_pins
 from autoshard.search.remedy import explain_indivisible, explain_no_fit
 from autoshard.search.space import without_experts
@@ -43,6 +44,7 @@ class Solver:
         RuleMissingError: A primitive has no rule.
     """
 
+    @no_collection()
     def __init__(
         self,
         fn: Any,
@@ -153,6 +155,7 @@ class Solver:
         self._explored[best] = found
         return found
 
+    @no_collection()
     def plans(self, top: int = 1) -> list[Plan]:
         """The best plans, each truly different from those before it.
 
@@ -172,6 +175,7 @@ class Solver:
             raise InfeasibleError(self._no_fit())
         return found
 
+    @no_collection()
     def smaller(self, budget_bytes: float) -> Plan | None:
         """The fastest plan within a budget of a chip's memory, None if there is none.
 
@@ -182,6 +186,7 @@ class Solver:
         within = (entry for entry in explored.ranked if entry[1] <= budget_bytes)
         return next(iter(self._written(explored, within, 1, budget_bytes)), None)
 
+    @no_collection()
     def front(self, most: int) -> list[Plan]:
         """Plans of which none is beaten in both time and memory, the fastest first.
 
@@ -227,8 +232,7 @@ class Solver:
         most: int,
         budget_bytes: float = float("inf"),
     ) -> list[Plan]:
-        plain, watch = self.space.sketch("none"), explored.watch
-        assert plain is not None
+        watch = explored.watch
         certificate = Certificate(
             lower_bound_s=explored.lower_bound_s,
             gap=0.0,
@@ -243,26 +247,14 @@ class Solver:
         found: list[Plan] = []
         for step_s, _, number, k in entries:
             filled = explored.groups[number].filled(k)
-            schedule = filled.schedule
-            plan = finish(
-                self.fn,
-                self.args,
-                self.cluster,
-                filled,
-                certificate,
-                self.model_ref,
-                plain,
-                self.space.sketch(schedule.remat)
-                if of_one_microbatch(schedule)
-                else None,
-            )
-            memory = plan.predicted.memory
+            drawn = draft(self.space, self.cluster, filled, certificate, self.model_ref)
+            memory = drawn.plan.predicted.memory
             if memory.total > min(memory.capacity, budget_bytes):
                 if memory.total > memory.capacity:
                     # It does not fit, priced exactly with its microbatches traced.
                     self._refused.append((float(memory.total), filled))
                 continue
-            found.append(plan)
+            found.append(drawn.spelled_out())
             self.log(f"plan {len(found)}: {step_s:.4g} s per step")
             if len(found) == most:
                 break

@@ -19,9 +19,9 @@ from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
 from autoshard.plan.schema import Certificate
 from autoshard.search import search_plans
-from autoshard.search.finish import finish
+from autoshard.search.candidates import Space
+from autoshard.search.finish import draft
 from autoshard.search.pinning import with_pins
-from autoshard.search.reading import Sketch
 
 NO_CERTIFICATE = Certificate(
     lower_bound_s=1e9, gap=0, enumerated=0, indivisible=0, infeasible=0, complete=True
@@ -33,7 +33,7 @@ def all_priced():
     """Seconds and bytes of every plan of the auto strategy, each written and priced."""
     step, batch, strategy = mlp_step(layers=2), floats(4, 32), load_strategy("auto")
     chips = cluster("cpu:4")
-    plain = Sketch.of(step, (batch,), strategy)
+    space = Space(step, (batch,), lambda _: None, strategy)
     found, seen = [], set()
     for filled in written_out(
         strategy, chips, batch.shape[0], ("none", "dots", "full")
@@ -45,7 +45,7 @@ def all_priced():
         if key in seen or batch.shape[0] % (filled.schedule.microbatches * ways):
             continue
         seen.add(key)
-        plan = finish(step, (batch,), chips, filled, NO_CERTIFICATE, None, plain)
+        plan = draft(space, chips, filled, NO_CERTIFICATE).spelled_out()
         found.append((plan.predicted.step_s, plan.predicted.memory.total))
     return found
 
