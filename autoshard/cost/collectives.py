@@ -60,7 +60,7 @@ class Meshes:
                 frozenset(a for k, a in enumerate(AXES) if pattern >> k & 1),
                 np.flatnonzero(bits == pattern),
             )
-            for pattern in np.unique(bits).tolist()
+            for pattern in np.flatnonzero(np.bincount(bits)).tolist()
         ]
 
     def take(self, rows: Rows) -> Meshes:

@@ -146,8 +146,9 @@ class Context:
         elif self.kind == ULYSSES:
             yield context
         else:
-            most = int(context.max(initial=1)) // 2
-            for degree in [self.heads] if self.heads else range(2, most + 1):
+            fewest, _ = self.heads_and_axes
+            ways = [n for n in range(2, fewest + 1) if fewest % n == 0]
+            for degree in [self.heads] if self.heads else ways:
                 if ((context % degree == 0) & (context > degree)).any():
                     yield np.full_like(context, degree)
 
@@ -179,6 +180,8 @@ class Context:
             kernels_s: Seconds in a step of the kernels of each pass.
         """
         best: list[Transfer] = []
+        if not self.passes:
+            return best, np.ones(len(meshes), dtype=np.int64)
         least = np.full(len(meshes), np.inf)
         chosen = np.ones(len(meshes), dtype=np.int64)
         for degree in self._degrees(meshes.sizes):

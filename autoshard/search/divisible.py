@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,12 +36,41 @@ class _Demand:
     words: Callable[[], str]
 
 
+class _Meshes:
+    """Mesh sizes of candidates, and products of them.
+
+    Args:
+        sizes: int64[candidate, axis].
+    """
+
+    def __init__(self, sizes: np.ndarray) -> None:
+        self._columns = np.ascontiguousarray(sizes.T)
+        self._products: dict[frozenset[str], np.ndarray] = {}
+        self._divide: dict[tuple[int, frozenset[str]], np.ndarray] = {}
+
+    def product(self, axes: Iterable[str]) -> np.ndarray:
+        """The devices along some axes, int64[candidate]."""
+        key = frozenset(axes)
+        if key not in self._products:
+            columns = [self._columns[AXES.index(axis)] for axis in sorted(key)]
+            ones = np.ones(self._columns.shape[1], dtype=np.int64)
+            self._products[key] = functools.reduce(np.multiply, columns, ones)
+        return self._products[key]
+
+    def divide(self, size: int, axes: Iterable[str]) -> np.ndarray:
+        """Where a size divides over some axes, bool[candidate]."""
+        key = size, frozenset(axes)
+        if key not in self._divide:
+            self._divide[key] = size % self.product(key[1]) == 0
+        return self._divide[key]
+
+
 def batch_divides(
     pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
 ) -> np.ndarray:
     """Which candidates divide the batch, whatever else they do; as `divisible`."""
     fits = np.ones(len(sizes), dtype=bool)
-    for demand in _batch(pricer, sizes, cuts, batch):
+    for demand in _batch(pricer, _Meshes(sizes), cuts, batch):
         fits &= demand.met
     return fits
 
@@ -55,11 +85,10 @@ def divide_alike(
         meshes: Their sizes, int64[mesh, axis].
         sizes: With which it was, by axis; where it has none, all was taken to divide.
     """
-    found = np.ones(len(meshes), dtype=bool)
+    found, given = np.ones(len(meshes), dtype=bool), _Meshes(meshes)
     for size, axes in pricer.sharded.asked:
-        ways = meshes[:, [AXES.index(a) for a in axes]].prod(axis=1)
         met = size % math.prod(sizes.get(a, 1) for a in axes) == 0
-        found &= (size % ways == 0) == met
+        found &= given.divide(size, axes) == met
     return found
 
 
@@ -99,12 +128,9 @@ def what_fails(
 
 
 def _batch(
-    pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
+    pricer: Pricer, meshes: _Meshes, cuts: np.ndarray, batch: int
 ) -> Iterator[_Demand]:
-    sharded = pricer.sharded
-
-    def product(axes: tuple[str, ...]) -> np.ndarray:
-        return sizes[:, [AXES.index(a) for a in axes]].prod(axis=1)
+    sharded, product = pricer.sharded, meshes.product
 
     def pieces(axes: tuple[str, ...]) -> Callable[[], str]:
         along = " microbatches and devices" if axes else " microbatches"
@@ -113,7 +139,7 @@ def _batch(
     for info, compute in zip(sharded.traced.inputs, sharded.compute, strict=True):
         if info.state == "data" and info.shape and batch:
             ways = product(compute[0])
-            met = batch % ways == 0
+            met = meshes.divide(batch, compute[0])
             yield _Demand(
                 met,
                 ways,
@@ -131,22 +157,19 @@ def _batch(
 def _demands(
     pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
 ) -> Iterator[_Demand]:
-    sharded = pricer.sharded
-    yield from _batch(pricer, sizes, cuts, batch)
-
-    def product(axes: tuple[str, ...]) -> np.ndarray:
-        return sizes[:, [AXES.index(a) for a in axes]].prod(axis=1)
-
+    sharded, meshes = pricer.sharded, _Meshes(sizes)
+    product = meshes.product
+    yield from _batch(pricer, meshes, cuts, batch)
     for size, axes in sorted(sharded.divides):
-        ways = product(axes)
-        met = size % ways == 0
-        yield _Demand(met, ways, axes, _words(pricer, size, axes, "not divisible by"))
+        met = meshes.divide(size, axes)
+        words = _words(pricer, size, axes, "not divisible by")
+        yield _Demand(met, product(axes), axes, words)
     for size, axes in sorted(sharded.padded):  # every device must have something
         ways = product(axes)
         yield _Demand(
             size >= ways, ways, axes, _words(pricer, size, axes, "smaller than")
         )
-    yield from _storage(pricer, product)
+    yield from _storage(pricer, meshes)
     if pricer.context.passes:
         heads, by = pricer.context.heads_and_axes
         axes = (*by, "context")
@@ -158,9 +181,7 @@ def _demands(
         )
 
 
-def _storage(
-    pricer: Pricer, product: Callable[[tuple[str, ...]], np.ndarray]
-) -> Iterator[_Demand]:
+def _storage(pricer: Pricer, meshes: _Meshes) -> Iterator[_Demand]:
     """A large state leaf must find a dim for its storage axes; a small one may stay."""
     sharded, program = pricer.sharded, pricer.program
     alike = pricer.work.alike
@@ -172,12 +193,12 @@ def _storage(
         if not extra or program.values[value].bytes_ < total * _SMALL:
             continue
         classes = sharded.classes
-        ways = product(extra)
+        ways = meshes.product(extra)
         some = np.zeros(len(ways), dtype=bool)
         for d, size in enumerate(program.values[value].shape):
             names = classes.names.get(classes.of_value[value][d], ())
             if "layers" not in names:
-                some |= size % (product(compute[d]) * ways) == 0
+                some |= meshes.divide(size, (*compute[d], *extra))
         path = info.path
         yield _Demand(
             some,

@@ -29,6 +29,7 @@ class Propagated:
         self._under_rules: dict[Any, UnderRules] = {}
         self._attending: dict[Any, bool] = {}
         self._state_dims: dict[Any, frozenset[tuple[str, ...]]] = {}
+        self._idle: tuple[np.ndarray, np.ndarray] | None = None
 
     def attends(self, structure: Strategy, sketch: Sketch, asked: Strategy) -> bool:
         """Whether attention can be done as a structure has it.
@@ -69,14 +70,29 @@ class Propagated:
             self._state_dims[schedule.remat, structure.rules] = dims
         dims = self._state_dims[schedule.remat, structure.rules]
         together = sorted(felt(structure, sketch.traced, sketch.classes.fixed, dims))
-        columns = [[AXES.index(axis) for axis in axes] for axes in together]
-        lacks = np.array([(grid[rows][:, c] == 1).all(axis=1) for c in columns])
-        bits = (1 << np.arange(len(together))) @ lacks.reshape(len(together), len(rows))
-        for pattern in np.unique(bits).tolist():
+        masks = [sum(1 << AXES.index(axis) for axis in axes) for axes in together]
+        idle = self._idle_in(grid)[rows]
+        # Of what is idle few combinations exist, whatever the number of candidates.
+        number = np.zeros(1 << len(AXES), dtype=np.int64)
+        numbers: dict[tuple[bool, ...], int] = {}
+        for bits in np.flatnonzero(np.bincount(idle)).tolist():
+            lacks = tuple(bits & mask == mask for mask in masks)
+            number[bits] = numbers.setdefault(lacks, len(numbers))
+        found = number[idle]
+        for lacks, k in sorted(numbers.items(), key=lambda pair: pair[0][::-1]):
             lacking = {
-                a for k, own in enumerate(together) if pattern >> k & 1 for a in own
+                a
+                for own, all_ in zip(together, lacks, strict=True)
+                if all_
+                for a in own
             }
-            yield frozenset(AXES) - lacking, rows[bits == pattern]
+            yield frozenset(AXES) - lacking, rows[found == k]
+
+    def _idle_in(self, grid: np.ndarray) -> np.ndarray:
+        """The axes of one device of each mesh, as bits; kept for the newest grid."""
+        if self._idle is None or self._idle[0] is not grid:
+            self._idle = grid, (grid == 1) @ (1 << np.arange(len(AXES)))
+        return self._idle[1]
 
     def as_divided(
         self,

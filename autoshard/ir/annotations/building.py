@@ -35,13 +35,14 @@ class Built:
 
 
 def build(
-    make: Callable[[], Any], shapes: Callable[..., Any] | None
+    make: Callable[..., Any], shapes: Callable[..., Any] | None
 ) -> tuple[Any, Built]:
     """Builds a model without sharding anything.
 
     Args:
         make: Builds it.
-        shapes: `jax.eval_shape` or `nnx.eval_shape`, to make shapes only.
+        shapes: Makes shapes only, as `jax.eval_shape` or `nnx.eval_shape` do; None to
+            build it in earnest.
 
     Returns:
         What `make` returned, as `jax.ShapeDtypeStruct`s where asked, and what was seen.
