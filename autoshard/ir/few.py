@@ -26,14 +26,13 @@ from jax.sharding import Sharding
 
 from autoshard.ir import _jaxcompat
 from autoshard.ir.annotations.calls import Calls, watched
+from autoshard.ir.equations import by_equation, runner
 from autoshard.ir.errors import AutoshardError
 from autoshard.ir.families import Family, Survey
 from autoshard.ir.fold import Folded, fold_by
 from autoshard.ir.program import no_collection
-from autoshard.ir.ties import find_blocks
 from autoshard.ir.trace import Traced, abstract, trace
 from autoshard.ir.train_step import TrainState, TrainStep, path_string
-from autoshard.ir.values import Op, Program, Region, Value
 
 _jaxcompat.hide_from_source_lines(__file__)
 
@@ -205,7 +204,7 @@ def _few(whole: TrainStep, batch: Any) -> Few | str:
         raise
     except Exception:
         return ""  # the user's own loss fails, and so where it is traced as a whole
-    traced, consts = _read(closed, args)
+    traced, consts = by_equation(closed, args)
     folded, stacks = _folded(traced)
     if not stacks:
         return ""
@@ -227,7 +226,7 @@ def _few(whole: TrainStep, batch: Any) -> Few | str:
         lambda path, x: None if f"params/{path_string(path)}" in gone else x,
         state.params,
     )
-    run = _runner(folded, consts, closed, jax.tree.structure(state.rest))
+    run = runner(folded, consts, closed, jax.tree.structure(state.rest))
     try:
         opt_state = jax.eval_shape(whole.optimizer.init, params)
     except Exception as error:
@@ -238,60 +237,6 @@ def _few(whole: TrainStep, batch: Any) -> Few | str:
     if isinstance(stands, str):
         return stands
     return Few(whole, stacks, run, few, stands, calls, batch)
-
-
-def _read(closed: Any, args: tuple[Any, Any, Any]) -> tuple[Traced, dict[int, Any]]:
-    """The loss with each of its equations as one op; its constants, by value."""
-    opened, consts = _jaxcompat.open_jaxpr(closed)
-    values: list[Value] = []
-    env: dict[Any, int] = {}
-
-    def new(var: Any, producer: int) -> int:
-        env[var] = index = len(values)
-        dtype = getattr(var.aval, "dtype", None)
-        shape = _jaxcompat.shape_of(var.aval)
-        values.append(Value(index, tuple(shape), dtype, producer, 0))  # type: ignore[arg-type]
-        return index
-
-    inputs = [new(var, -1) for var in opened.invars]
-    held = {new(var, -1): x for var, x in zip(opened.constvars, consts, strict=True)}
-    ops = []
-    for index, eqn in enumerate(opened.eqns):
-        operands = [-1 if _jaxcompat.is_literal(a) else env[a] for a in eqn.invars]
-        results = [new(var, index) for var in eqn.outvars]
-        scope, name = _jaxcompat.name_stack(eqn), eqn.primitive.name
-        ops.append(
-            Op(
-                *(index, name, eqn.params, tuple(operands), tuple(results), 0, ""),
-                scope=scope,
-                equation=eqn,
-            )
-        )
-    paths = [
-        f"{head}/{path_string(path)}"
-        for head, arg in zip(("params", "rest", "batch"), args, strict=True)
-        for path, _ in jax.tree_util.tree_flatten_with_path(arg)[0]
-    ]
-    outputs = [-1 if _jaxcompat.is_literal(a) else env[a] for a in opened.outvars]
-    program = Program(
-        values=tuple(values),
-        ops=tuple(ops),
-        regions=(Region(-1, 1),),
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        input_paths=tuple(paths),
-        fingerprint="",
-    )
-    traced = Traced(
-        program=program,
-        jaxpr=closed,
-        inputs=(None,) * len(inputs),  # type: ignore[arg-type]
-        out_tree=None,
-        out_source=(-1,) * len(outputs),
-        args=args,
-        blocks=find_blocks(program),
-    )
-    return traced, held
 
 
 def _folded(traced: Traced) -> tuple[Folded, tuple[Stack, ...]]:
@@ -349,36 +294,6 @@ def _differing_names(folded: Folded, stacks: tuple[Stack, ...]) -> str:
                 some = " and ".join(sorted(names)[:2])
                 return f"copies of the block are in scopes of other names: {some}"
     return ""
-
-
-def _runner(
-    folded: Folded, consts: dict[int, Any], closed: Any, rest_tree: Any
-) -> Callable[..., Any]:
-    """What runs the equations that are kept."""
-    program = folded.traced.program
-    place = {v: k for k, v in enumerate(folded.values)}
-    held = {place[v]: x for v, x in consts.items() if v in place}
-    opened, _ = _jaxcompat.open_jaxpr(closed)
-    ends = opened.outvars
-
-    def run(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
-        leaves = jax.tree.leaves((params, rest, batch))
-        env = dict(zip(program.inputs, leaves, strict=True)) | held
-        for op in program.ops:
-            eqn = op.equation
-            operands = [
-                atom.val if v < 0 else env[v]
-                for atom, v in zip(eqn.invars, op.inputs, strict=True)
-            ]
-            results = _jaxcompat.eval_equation(eqn, operands)
-            env.update(zip(op.outputs, results, strict=True))
-        results = [
-            atom.val if v < 0 else env[v]
-            for atom, v in zip(ends, program.outputs, strict=True)
-        ]
-        return results[0], jax.tree.unflatten(rest_tree, results[1:])
-
-    return run
 
 
 def _stands(

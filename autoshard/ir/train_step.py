@@ -14,7 +14,8 @@ from flax import nnx
 
 from autoshard.ir.annotate import mark
 from autoshard.ir.annotations.building import Built, build, dropped
-from autoshard.ir.blocks import checkpoint_blocks, count_blocks
+from autoshard.ir.blocks import count_blocks
+from autoshard.ir.checkpointing import checkpoint_blocks
 from autoshard.ir.errors import InputError
 
 UPDATE_SCOPE = "autoshard_update"
@@ -69,7 +70,7 @@ class TrainStep:
         microbatches: The batch is cut into this many pieces, gradients accumulated.
         remat: `"none"`, or what of each block is rematerialised: `"full"`, `"dots"`
             or `"save:NAME+NAME"`, see `autoshard.ir.remat.saved_by`; or a mix of them,
-            see `autoshard.ir.blocks.checkpoint_blocks`.
+            see `autoshard.ir.checkpointing.checkpoint_blocks`.
     """
 
     loss_fn: Callable[..., Any]

@@ -175,7 +175,7 @@ def _most(
     ]
 
 
-class Family:
+class RuleBounds:
     """Bounds of all structures with the same rules and schedule.
 
     Args:

@@ -28,7 +28,7 @@ from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Schedule, Strategy
 from autoshard.search import space
 from autoshard.search.alike import Alike
-from autoshard.search.bounds import Family, Wanted, floor_s
+from autoshard.search.bounds import RuleBounds, Wanted, floor_s
 from autoshard.search.divisible import divisible
 from autoshard.search.offloads import offloads
 from autoshard.search.placing import Placing
@@ -299,7 +299,7 @@ class Space:
         batch, hows = self.batch(), self.pipelines(strategy)
         propagated, alike = self._propagated, Alike(grid)
         family: Any = None
-        bounds, first = Family(grid, cuts, batch), strategy
+        bounds, first = RuleBounds(grid, cuts, batch), strategy
         for structure in space.structures(strategy, keep):
             watch.visited += 1
             if hows and grid[0, STAGE] > 1 and parts_of(structure.schedule.remat):
@@ -313,7 +313,7 @@ class Space:
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
                 first = structure
-                bounds = Family(grid, cuts, batch)
+                bounds = RuleBounds(grid, cuts, batch)
             sets = self.offloads(strategy, cluster, sketch, structure.schedule.remat)
             watch.alike += int((~new).sum())
             here = np.flatnonzero(new)

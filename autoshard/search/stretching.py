@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from autoshard.ir.stretch import Addresses, Stretch, path_with
+from autoshard.ir.addresses import Addresses
+from autoshard.ir.stretch import Stretch, path_with
 from autoshard.plan.records import BlockRecord, DelayedSum
 from autoshard.plan.schema import Collective, Constraint, Plan
 

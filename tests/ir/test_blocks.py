@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from autoshard.ir.blocks import Repeat, checkpoint_blocks, find_repeat
+from autoshard.ir.blocks import Repeat, find_repeat
+from autoshard.ir.checkpointing import checkpoint_blocks
 from autoshard.ir.errors import InputError
 
 # -- find_repeat -----------------------------------------------------------------

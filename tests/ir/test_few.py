@@ -8,43 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers.unrolled import BATCH, block, layer_of, step_of
 
+from autoshard.ir.addresses import Addresses
 from autoshard.ir.annotations.names import WORDS
 from autoshard.ir.few import Few, few_of, param_in
-from autoshard.ir.stretch import Addresses, NotAlikeError, fold_few, path_with
+from autoshard.ir.stretch import NotAlikeError, fold_few, path_with
 from autoshard.ir.trace import described, trace, with_state
-from autoshard.ir.train_step import train_step
-
-WIDTH, HIDDEN, ROWS = 16, 32, 8
-BATCH = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
-ADAMW = optax.adamw(1e-3)
-
-
-def block(layer, x):
-    y = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * layer["scale"]
-    return x + jnp.tanh(y @ layer["up"]) @ layer["down"]
-
-
-def layer_of(width=HIDDEN):
-    return {
-        "scale": jnp.ones(WIDTH),
-        "up": jnp.ones((WIDTH, width)),
-        "down": jnp.ones((width, WIDTH)),
-    }
-
-
-def step_of(layers, run=block, optimizer=ADAMW, loss=None):
-    """A step of a model that runs its layers in the order in which they are given."""
-
-    def model(key):
-        return {"blocks": layers, "head": jnp.ones((WIDTH, 4))}
-
-    def usual(params, x):
-        for name in layers:
-            x = run(params["blocks"][name], x)
-        return ((x @ params["head"]) ** 2).mean()
-
-    return train_step(loss or usual, optimizer, model=model)
 
 
 def numbered(count):
@@ -77,7 +47,7 @@ def kinds(ops, times):
 
 
 OPTIMIZERS = {
-    "adamw": ADAMW,
+    "adamw": optax.adamw(1e-3),
     "momentum": optax.sgd(0.1, momentum=0.9),
     "lion": optax.lion(1e-3),
     "rmsprop": optax.rmsprop(1e-3),

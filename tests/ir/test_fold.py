@@ -8,51 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers.unrolled import BATCH, HIDDEN, ROWS, WIDTH, block, layer_of, step_of
 
 from autoshard.ir.annotations.paths import with_specs
 from autoshard.ir.fold import fold
 from autoshard.ir.trace import trace
-from autoshard.ir.train_step import train_step
-
-WIDTH, HIDDEN, ROWS = 16, 32, 8
-
-
-def block(layer, x):
-    y = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * layer["scale"]
-    return x + jnp.tanh(y @ layer["up"]) @ layer["down"]
-
-
-def layer_of(width=HIDDEN):
-    return {
-        "scale": jnp.ones(WIDTH),
-        "up": jnp.ones((WIDTH, width)),
-        "down": jnp.ones((width, WIDTH)),
-    }
-
-
-def step_of(layers, run=block, optimizer=None):
-    """A step of a model that runs its layers in the order in which they are given.
-
-    Args:
-        layers: Parameters of each layer, by a name that a pytree sorts by.
-        run: `(parameters of a layer, x)` to the next x.
-        optimizer: Of the step.
-    """
-
-    def model(key):
-        return {"blocks": layers, "head": jnp.ones((WIDTH, 4))}
-
-    def loss(params, x):
-        for name in layers:
-            x = run(params["blocks"][name], x)
-        return ((x @ params["head"]) ** 2).mean()
-
-    return train_step(loss, optimizer or optax.adamw(1e-3), model=model)
 
 
 def traced(layers, remat="none", **kwargs):
     step = step_of(layers, **kwargs).with_schedule(microbatches=1, remat=remat)
-    return trace(step, (jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32),))
+    return trace(step, (BATCH,))
 
 
 def folded(program):

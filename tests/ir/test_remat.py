@@ -8,7 +8,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import autoshard as ash
-from autoshard.ir.blocks import checkpoint_blocks, count_blocks
+from autoshard.ir.blocks import count_blocks
+from autoshard.ir.checkpointing import checkpoint_blocks
 from autoshard.ir.errors import InputError
 from autoshard.ir.remat import check_remat, names_of, parts_of
 from autoshard.ir.trace import trace
