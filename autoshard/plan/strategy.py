@@ -101,7 +101,12 @@ class Schedule(Record):
     @field_validator("remat")
     @classmethod
     def _remat_is_known(cls, text: str) -> str:
-        return text if text in REMAT_HOLES else check_remat(text)
+        if text in REMAT_HOLES:
+            return text
+        try:
+            return check_remat(text)
+        except ValueError as error:
+            raise ValueError(f"{error}; 'auto' and 'mix' leave it open") from None
 
     @property
     def remat_is_open(self) -> bool:

@@ -208,7 +208,9 @@ class Space:
         found = offloads(strategy, cluster, program)
         if parts_of(remat) and strategy.schedule.offload == "auto":
             # Which of the loops keep what is not known where there are several.
-            found = tuple(some for some in found if "activations" not in some)
+            all_, found = found, tuple(s for s in found if "activations" not in s)
+            if len(found) < len(all_):
+                self._say("offload of activations left out for mixes of remat")
         missing = cluster.host_lacks
         if strategy.schedule.offload == "auto" and missing and cluster.kind != "cpu":
             self._say(f"offload left out: {cluster.type_name} has no figure {missing}")

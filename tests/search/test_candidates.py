@@ -31,18 +31,35 @@ EVERY = 7
 take turns with storage and rules."""
 
 
-@pytest.mark.parametrize("chips", ["h100:8", "v5e:2x4", "cpu:8"])
-@pytest.mark.parametrize(
-    ("model", "storage"),
-    [
-        ("llama3-tiny", {}),
-        ("gpt2-tiny", {}),
-        # The update then moves what other storage leaves where it is.
-        ("gpt2-tiny", {"storage.gradients": "context+data"}),
-        ("llama3-tiny", {"storage.optimizer": "fsdp+data"}),
-    ],
-)
+STORED = [
+    ("llama3-tiny", {}),
+    ("gpt2-tiny", {}),
+    # The update then moves what other storage leaves where it is.
+    ("gpt2-tiny", {"storage.gradients": "context+data"}),
+    ("llama3-tiny", {"storage.optimizer": "fsdp+data"}),
+]
+CHIPS = ("h100:8", "v5e:2x4", "cpu:8")
+AT_ONCE = [(*STORED[0], "cpu:8"), (*STORED[1], "v5e:2x4"), (*STORED[2], "h100:8")]
+AT_ONCE += [(*STORED[3], "v5e:2x4")]
+AT_LENGTH = [
+    case
+    for case in ((*stored, chips) for stored in STORED for chips in CHIPS)
+    if case not in AT_ONCE
+]
+
+
+@pytest.mark.parametrize(("model", "storage", "chips"), AT_ONCE)
 def test_no_candidate_is_below_its_bounds(model, storage, chips, monkeypatch):
+    check_bounds(model, storage, chips, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "storage", "chips"), AT_LENGTH)
+def test_no_candidate_is_below_its_bounds_at_length(model, storage, chips, monkeypatch):
+    check_bounds(model, storage, chips, monkeypatch)
+
+
+def check_bounds(model, storage, chips, monkeypatch):
     there = cluster(chips)
     step = make_step(model, scan=True)
     pins = {**PINS[model], "rules.heads": "tensor", "offload": "auto", **storage}
