@@ -93,10 +93,8 @@ class Solver:
         strategy = with_pins(self._asked, pins)
         # Names and path maps decide how the program is read; with others it is read
         # anew.
-        alike = (strategy.specs, strategy.names) == (
-            self.strategy.specs,
-            self.strategy.names,
-        )
+        asked = self._asked
+        alike = (strategy.specs, strategy.names) == (asked.specs, asked.names)
         return Solver(
             self.fn,
             self.args,

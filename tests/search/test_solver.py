@@ -6,11 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers.equality import abstract_batch, make_step
 from helpers.small_programs import instance, with_experts, with_made_weights
 from helpers.spaces import OneByOne, fitting, small_memory
 
 from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import InfeasibleError
+from autoshard.plan.cluster import cluster
+from autoshard.plan.files import load_strategy
+from autoshard.search.pinning import with_pins
 from autoshard.search.solver import Solver
 
 CI, EXPERTS, ALL = range(30), range(10), range(200)
@@ -89,3 +93,24 @@ def test_bounded_search_is_exact_at_length(seed):
 @pytest.mark.parametrize("seed", ALL[len(EXPERTS) :])
 def test_bounded_search_is_exact_with_experts_at_length(seed):
     check_exact(seed, with_experts(seed))
+
+
+def test_what_is_fixed_later_is_not_traced_again():
+    step, batch = make_step("llama3-tiny", scan=True), abstract_batch()
+    solver = Solver(step, (batch,), cluster("h100:8"), load_strategy("auto"))
+    assert solver.pinned({"tensor": 2}).space is solver.space
+    assert solver.pinned({"tensor": 2}).pinned({"remat": "full"}).space is solver.space
+    # Path maps and names decide how a program is read.
+    assert solver.pinned({"specs.embedding": "tensor,none"}).space is not solver.space
+    assert solver.pinned({"rules.other": "data"}).space is not solver.space
+
+
+def test_what_is_found_with_a_field_fixed_is_what_is_found_from_the_start():
+    step, batch = make_step("llama3-tiny", scan=True), abstract_batch()
+    strategy = load_strategy("auto")
+    solver = Solver(step, (batch,), cluster("h100:8"), strategy)
+    solver.plans()
+    pins = {"tensor": 2, "remat": "full"}
+    [found] = solver.pinned(pins).plans()
+    alone = Solver(step, (batch,), cluster("h100:8"), with_pins(strategy, pins))
+    assert [found] == alone.plans()
