@@ -28,6 +28,7 @@ def size(
         ),
     ] = None,
     strategy: options.Strategy = "auto",
+    pins: options.Pins = None,
     executable: options.Executable = False,
     optimizer: options.Optimizer = options.DEFAULT_OPTIMIZER,
     dtype: options.DtypeOfActivations = options.DEFAULT_DTYPE,
@@ -38,7 +39,9 @@ def size(
     from autoshard import api
     from autoshard.cli.devices import plan_on_cpu
     from autoshard.report import table
+    from autoshard.search import parse_pins
 
+    fixed = parse_pins(pins or ())
     if output is not None:
         api.check_writable(output)
     plan_on_cpu()
@@ -53,6 +56,7 @@ def size(
         target_tokens_per_s=target_tokens_per_s,
         budget_gib=budget_gib,
         strategy=strategy,
+        pins=fixed,
         executable=executable,
         model_ref=resolved.ref,
         log=say,

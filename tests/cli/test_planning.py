@@ -110,6 +110,15 @@ def test_size_for_a_speed_is_the_first_count_that_is_fast_enough(tmp_path):
     assert json.loads(path.read_text()) == plan
 
 
+def test_size_obeys_what_is_set():
+    free, _ = sized("--target-tokens-per-s", 1)
+    fixed, _ = sized("--target-tokens-per-s", 1, "--set", "remat=full")
+    assert free["strategy"]["schedule"]["remat"] != "full"
+    assert fixed["strategy"]["schedule"]["remat"] == "full"
+    message = fails(3, *SIZE, "--target-tokens-per-s", 1, "--set", "tensr=2")
+    assert "tensor" in message
+
+
 def test_size_for_a_budget_is_the_first_count_on_which_something_fits():
     # One device cannot hold the parameters and their two moments, in float32.
     budget = 0.9 * 3 * 4 * (VOCAB * WIDTH + LAYERS * 2 * WIDTH * HIDDEN)
