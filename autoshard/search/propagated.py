@@ -138,12 +138,14 @@ class Propagated:
         """
         layout = replace(Layout.of(structure).along(active), sizes=dict(sizes))
         states = (layout.params, layout.gradients, layout.optimizer)
-        key = (structure.schedule.remat, layout.rules, states, tuple(sizes.items()))
+        remat = structure.schedule.remat
+        # Another solver of the same program may have other axes.
+        rules = remat, layout.rules, layout.axes, tuple(sizes.items())
+        key = rules, states
         gathering = key, ALL_GATHER
         if gathering not in self._pricers:
             traced, classes = sketch.shallow.traced, sketch.shallow.classes
             # Of what differs in storage alone all else is propagated once.
-            rules = structure.schedule.remat, layout.rules, tuple(sizes.items())
             if rules not in self._under_rules:
                 self._under_rules[rules] = UnderRules(traced, classes, layout)
             under = self._under_rules[rules]

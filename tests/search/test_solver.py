@@ -105,6 +105,16 @@ def test_what_is_fixed_later_is_not_traced_again():
     assert solver.pinned({"rules.other": "data"}).space is not solver.space
 
 
+def test_an_axis_may_be_fixed_that_the_strategy_lacks():
+    step, batch = make_step("llama3-tiny", scan=True), abstract_batch()
+    solver = Solver(step, (batch,), cluster("cpu:8"), load_strategy("fsdp"))
+    solver.plans()
+    pins = {"tensor": 2, "rules.mlp": "none"}
+    with_tensor = solver.pinned(pins)
+    assert with_tensor.pinned({"stage": 1}).plans()[0].sizes["stage"] == 1
+    assert with_tensor.plans()[0].sizes["tensor"] == 2
+
+
 def test_what_is_found_with_a_field_fixed_is_what_is_found_from_the_start():
     step, batch = make_step("llama3-tiny", scan=True), abstract_batch()
     strategy = load_strategy("auto")
