@@ -114,7 +114,8 @@ def main() -> int:
     worst = max(gaps, default=None)
     median = statistics.median(again) if again else None
     print(f"worst gap {worst}, median of a second solve {median} s")
-    passed = all(gap <= BAR_GAP for gap in gaps) and (median or 0.0) <= BAR_AGAIN_S
+    measured = worst is not None and median is not None
+    passed = measured and worst <= BAR_GAP and median <= BAR_AGAIN_S
     _record.write(
         given.into,
         "certificates",

@@ -4,7 +4,7 @@ Tracing a step of a thousand unrolled layers takes minutes, nearly all of it in
 differentiating and updating copies of one block. So the loss alone is traced as it is,
 and copies are left out of it before it is differentiated: those at both ends stay, and
 some between them. What the step of the others does with a copy amid them, the whole
-does with each that was left out; `ir.fold` counts them, `ir.stretch` spells them out.
+does with each that was left out: `ir.stretch` counts them, `ir.addresses` names them.
 
 That holds where the copies of the loss are wired alike and have names alike, where an
 optimizer keeps the same state for all, and where it updates alike those that are left.

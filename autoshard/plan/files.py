@@ -101,7 +101,7 @@ def _validated(model: Any, document: Any, what: str) -> Any:
         raise type(error)(f"{what}: {error}") from None
 
 
-_EXPANDED = 2
+_EXPANDED = 3
 """Levels of a plan's JSON that have a line per key; below, a record is one line."""
 
 _RECORD = json.JSONEncoder(sort_keys=True, allow_nan=False)
@@ -118,7 +118,7 @@ def plan_to_json(plan: Plan) -> str:
 
 
 def _lines(value: Any, level: int) -> str:
-    if not value or not isinstance(value, dict | list) or level > _EXPANDED:
+    if not value or not isinstance(value, dict | list) or level >= _EXPANDED:
         return _RECORD.encode(value)
     indent, last = "\n" + " " * (level + 1), "\n" + " " * level
     if isinstance(value, dict):

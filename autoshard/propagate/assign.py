@@ -62,8 +62,8 @@ def propagate(
         classes: Its classes, from `find_classes`.
         layout: Rules and storage. With `layout.sizes` known, a state leaf that no
             dim of which divides stays as computed, and a note says so.
-        under: What was found of the program under the same rules and sizes with
-            other storage; it is added to.
+        under: What was found of the program with other storage, all else of the layout
+            being the same; it is added to.
 
     Returns:
         The sharded program.

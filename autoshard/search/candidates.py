@@ -58,7 +58,8 @@ class Space:
 
     def sketch(self, remat: str, *, required: bool = True) -> Sketch | None:
         """The program traced without microbatches, with or without remat."""
-        if remat not in self._sketches:
+        lacks = remat in self._sketches and self._sketches[remat] is None
+        if remat not in self._sketches or (required and lacks):
             fn = self.fn
             if isinstance(fn, TrainStep):
                 if len(self.args) == 1:
@@ -103,7 +104,7 @@ class Space:
                     fn, args = self._scheduled(schedule), self.args
                     found = Sketch.of(fn, args, self.strategy, plain, self._say)
             except NotAlikeError as error:
-                found = self.traced_whole_for(schedule, str(error))
+                return self.traced_whole_for(schedule, str(error))
             self._newest = key, found
         return self._newest[1]
 
@@ -111,7 +112,9 @@ class Space:
         """The same with all copies of its blocks, said why."""
         self._say(f"every copy of the blocks is traced, which takes longer: {why}")
         fn, plain = self._scheduled(schedule), self.sketch("none")
-        return Sketch.of_whole(fn, self.args, self.strategy, plain)
+        found = Sketch.of_whole(fn, self.args, self.strategy, plain)
+        self._newest = (cuts_traced(schedule), schedule.remat), found
+        return found
 
     def _scheduled(self, schedule: Schedule) -> Any:
         fn, cuts = self.fn, cuts_traced(schedule)

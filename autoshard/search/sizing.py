@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -139,7 +140,7 @@ def _try(solver: Solver, target: float | None, budget: float | None) -> Tried:
         else:
             plan = within
     except InfeasibleError as error:
-        return Tried(name, count, str(error).split(": ")[0])
+        return Tried(name, count, re.split(": |; ", str(error))[0])
     speed = plan.predicted.tokens_per_s
     slow = f"{speed:.4g} tokens/s" if target and speed < target else ""
     return Tried(name, count, slow, plan)

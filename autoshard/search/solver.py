@@ -246,17 +246,24 @@ class Solver:
         for step_s, _, number, k in entries:
             filled = explored.groups[number].filled(k)
             drawn = draft(self.space, self.cluster, filled, certificate, self.model_ref)
-            memory = drawn.plan.predicted.memory
-            if memory.total > min(memory.capacity, budget_bytes):
-                if memory.total > memory.capacity:
-                    # It does not fit, priced exactly with its microbatches traced.
-                    self._refused.append((float(memory.total), filled))
+            if self._too_large(drawn.plan, budget_bytes):
                 continue
-            found.append(drawn.spelled_out())
+            plan = drawn.spelled_out()
+            # Where few copies did not stand for all, it was priced anew.
+            if self._too_large(plan, budget_bytes):
+                continue
+            found.append(plan)
             self.log(f"plan {len(found)}: {step_s:.4g} s per step")
             if len(found) == most:
                 break
         return found
+
+    def _too_large(self, plan: Plan, budget_bytes: float) -> bool:
+        """Whether a plan, its microbatches traced, takes more memory than it may."""
+        memory = plan.predicted.memory
+        if memory.total > memory.capacity:
+            self._refused.append((float(memory.total), plan.strategy))
+        return memory.total > min(memory.capacity, budget_bytes)
 
 
 def _time_and_memory(plan: Plan) -> tuple[float, int]:

@@ -257,7 +257,8 @@ def meshes(strategy: Strategy, cluster: Cluster) -> np.ndarray:
 
     fill(0, chips, ())
     if not rows:
-        fixed = {a: n for a, n in strategy.mesh.items() if n != "auto"}
+        sizes = {a: n for a, n in strategy.mesh.items() if n != "auto"}
+        fixed = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
         raise InfeasibleError(
             f"strategy {strategy.name!r} fixes mesh sizes {fixed}, which cannot be "
             f"completed to the {chips} chips of {cluster.name}; leave an axis 'auto' "
@@ -267,7 +268,9 @@ def meshes(strategy: Strategy, cluster: Cluster) -> np.ndarray:
     if strategy.schedule.context_kind not in ("auto", CONTEXT_KINDS[0]):
         found = found[found[:, AXES.index("context")] > 1]
         if not len(found):
-            raise InputError(
+            # More chips may do where the size of the axis is open.
+            few = strategy.mesh.get("context", 1) != 1
+            raise (InfeasibleError if few else InputError)(
                 f"context_kind = {strategy.schedule.context_kind!r}"
                 f"{strategy.where('context_kind')} is for sequences over several "
                 f"devices of `context`, and context = {strategy.mesh.get('context', 1)}"

@@ -158,6 +158,16 @@ def test_a_model_with_no_block_that_repeats():
     assert plan.predicted.memory.params == (32 * 64 + 64 * 16) * 4 // 4
 
 
+def test_remat_without_blocks_is_refused_after_a_search_that_left_it_out():
+    step = adamw_step(
+        lambda w, x: (x @ w["a"]).mean(), lambda key: {"a": jnp.ones((8, 4))}
+    )
+    solver = ash.solver(step, floats(8, 8), cluster="cpu:4")
+    assert solver.plans()[0].remat == "none"
+    with pytest.raises(InputError, match="no block repeats"):
+        solver.pinned({"remat": "full"}).plans()
+
+
 PRIMES = 31, 61
 
 

@@ -76,6 +76,19 @@ def test_wrong_wishes(wanted, said):
         sized(**wanted)
 
 
+def test_clusters_that_a_fixed_axis_does_not_suit_are_passed_over():
+    def fixed(chips):
+        return on(chips).pinned({"data": 4})
+
+    found = size(
+        fixed, "cpu", target_tokens_per_s=None, budget_bytes=1e12, log=lambda _: None
+    )
+    assert found.plan.cluster.num_chips == 4
+    reasons = {tried.num_chips: tried.reason for tried in found.tried}
+    assert "data = 4" in reasons[2]
+    assert "2 chips of cpu:2" in reasons[2]
+
+
 def test_a_type_that_does_not_exist():
     with pytest.raises(AutoshardError, match="h1000"):
         sized("h1000", tokens=1.0)
