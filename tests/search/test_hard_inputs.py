@@ -56,8 +56,8 @@ def checked(step, batch, cluster, **asked):
 @pytest.mark.parametrize(
     ("pins", "error", "said"),
     [
-        ({"tensor": 4, "data": 4}, InfeasibleError, r"'data': 4, 'tensor': 4.*4 chips"),
-        ({"tensor": 3}, InfeasibleError, r"'tensor': 3.*4 chips of cpu:4"),
+        ({"tensor": 4, "data": 4}, InfeasibleError, r"data = 4, tensor = 4.*4 chips"),
+        ({"tensor": 3}, InfeasibleError, r"tensor = 3.*4 chips of cpu:4"),
         (
             {"data": 4, "microbatches": 4},
             InfeasibleError,
@@ -67,7 +67,7 @@ def checked(step, batch, cluster, **asked):
         (
             {"storage.params": "tensor", "tensor": 4, "data": 2},
             InfeasibleError,
-            r"'data': 2, 'tensor': 4",
+            r"data = 2, tensor = 4",
         ),
     ],
 )

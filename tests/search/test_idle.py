@@ -33,8 +33,8 @@ PARTS = [
 CI, ALL = range(7), range(60)
 ZOO = [
     ("llama3-tiny", "auto", "h100:8"),
-    ("llama3-tiny", "auto", "v5e:2x4"),
-    ("gpt2-tiny", "auto", "cpu:8"),
+    pytest.param("llama3-tiny", "auto", "v5e:2x4", marks=pytest.mark.slow),
+    pytest.param("gpt2-tiny", "auto", "cpu:8", marks=pytest.mark.slow),
     ("gpt2-tiny", "fsdp-tp", "h100:8"),
     ("llama3-tiny", "fsdp-tp-cp", "h100:8"),
     ("llama3-tiny", "megatron-sp", "h100:8"),

@@ -149,8 +149,8 @@ def test_what_is_found_obeys_the_pins(pins):
 @pytest.mark.parametrize(
     ("chips", "pins", "error", "said"),
     [
-        ("cpu:4", {"data": 3}, InfeasibleError, r"'data': 3.*cannot be completed.*4"),
-        ("cpu:4", {"data": 8}, InfeasibleError, r"'data': 8.*cannot be completed.*4"),
+        ("cpu:4", {"data": 3}, InfeasibleError, r"data = 3.*cannot be completed.*4"),
+        ("cpu:4", {"data": 8}, InfeasibleError, r"data = 8.*cannot be completed.*4"),
         ("cpu:4", {"data": 2, "fsdp": 4}, InfeasibleError, r"cannot be completed"),
         ("cpu:7", {"data": 2}, InfeasibleError, r"cannot be completed to the 7 chips"),
         ("cpu:7", {"data": 7}, InfeasibleError, r"batch of 8 is not divisible by 7"),
