@@ -6,6 +6,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -50,7 +51,7 @@ from autoshard.cost.stages import (
 from autoshard.cost.work import Work
 from autoshard.ir.build import is_transposed
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.sharded import OUTPUT, Exchange, ShardedProgram
+from autoshard.plan.sharded import OUTPUT, Exchange, Reshard, ShardedProgram
 
 AHEAD, AFTER, BETWEEN = range(3)
 """When collectives run: gathers of parameters, sums of gradients, and all others."""
@@ -541,22 +542,61 @@ class Pricer:
         self, meshes: Meshes, cuts: Vector
     ) -> Iterator[tuple[int, int, str, Sequence[str], Vector, Vector, Vector]]:
         """`(when, place, kind, axes, seconds of a step, bytes of a run, runs)`."""
-        of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
-        for index, move in enumerate(self.moves):
-            when = (
-                AHEAD
-                if index in self.prefetched
-                else AFTER
-                if index in self.trailing
-                else BETWEEN
-            )
-            place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
+        for index, count, when, place in self._moves_apart:
             for step, time, size, runs in self.collective(index, meshes, cuts):
-                yield when, place, step.kind, step.axes, time, size, runs
+                yield (
+                    when,
+                    place,
+                    step.kind,
+                    step.axes,
+                    count * time,
+                    size,
+                    count * runs,
+                )
+        of_op = self.work.segments.of_op
         for exchange in self.sharded.exchanges:
             time, size, runs = self.exchange(exchange, meshes, cuts)
             place = of_op[exchange.op]
             yield BETWEEN, place, exchange.kind, exchange.axes, time, size, runs
+
+    @cached_property
+    def _moves_apart(self) -> list[tuple[int, int, int, int]]:
+        """`(one move, how many take what it takes, when, place)`.
+
+        Most are like others: weights of one shape, and the two passes over each.
+        """
+        of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
+        first: dict[object, int] = {}
+        counts: Counter[int] = Counter()
+        found = []
+        for index, move in enumerate(self.moves):
+            ahead, after = index in self.prefetched, index in self.trailing
+            when = AHEAD if ahead else AFTER if after else BETWEEN
+            place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
+            steps, apart, rest = self._steps[index]
+            # All that `collective` takes of a move.
+            like = (
+                when,
+                place,
+                tuple(steps),
+                tuple(apart),
+                rest,
+                self._runs(move),
+                self.program.values[move.value].bytes_,
+                self.work.batched[move.value],
+                tuple(self._padded.get(move.value, ())),
+            )
+            if like not in first:
+                first[like] = index
+                found.append((index, when, place))
+            counts[first[like]] += 1
+        return [(index, counts[index], when, place) for index, when, place in found]
+
+    def _runs(self, move: Reshard) -> tuple[int, bool]:
+        """How often it runs, and whether in every microbatch."""
+        if move.op == OUTPUT:
+            return self.work.alike[move.value], False
+        return self.work.runs[move.op], not self.work.update[move.op]
 
     def local_bytes(
         self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
@@ -639,14 +679,10 @@ class Pricer:
     ) -> list[tuple[Step, Vector, Vector, Vector]]:
         """`(step, seconds per step of training, bytes of one run, runs)` of a move."""
         reshard, (steps, apart, rest) = self.moves[index], self._steps[index]
-        runs = np.ones(len(meshes))
-        if reshard.op == OUTPUT:
-            runs = runs * self.work.alike[reshard.value]
-        else:
-            op = self.program.ops[reshard.op]
-            runs = runs * self.work.runs[op.index]
-            if not self.work.update[op.index]:
-                runs = runs * cuts
+        often, each_time = self._runs(reshard)
+        runs = np.full(len(meshes), float(often))
+        if each_time:
+            runs = runs * cuts
         several = [(step, runs) for step in steps]
         if apart:
             summed = runs * (meshes.product(rest) > 1)

@@ -30,6 +30,7 @@ from autoshard.search import space
 from autoshard.search.alike import Alike
 from autoshard.search.bounds import RuleBounds, Wanted, floor_s
 from autoshard.search.divisible import divisible
+from autoshard.search.known import Known, as_priced
 from autoshard.search.offloads import offloads
 from autoshard.search.placing import Placing
 from autoshard.search.priced import STAGE, Candidates, price
@@ -245,6 +246,7 @@ class Space:
         cluster: Cluster,
         keep: Strategy | None = None,
         watch: Watch | None = None,
+        known: Known | None = None,
     ) -> Iterator[Candidates]:
         """The structures one after the other, each with its candidates priced.
 
@@ -254,10 +256,14 @@ class Space:
             keep: A strategy whose fixed fields are among what the holes may become.
             watch: What need not be priced, and where it is counted; by default all is
                 priced, but of orders of the axes only what may be on the front.
+            known: Bounds on its candidates, and where those that are found are noted.
         """
         watch = watch or Watch(bytes_=cluster.hbm_bytes * MEMORY_HEADROOM)
-        for grid, cuts in self.rounds(strategy, cluster):
-            yield from self._round(strategy, cluster, keep, watch, grid, cuts)
+        rounds = self.rounds(strategy, cluster)
+        known = known or Known(strategy, self.pipelines(strategy), rounds)
+        for number, (grid, cuts) in enumerate(rounds):
+            own = keep, watch, grid, cuts, known, number
+            yield from self._round(strategy, cluster, *own)
 
     def priced_at(
         self,
@@ -276,7 +282,9 @@ class Space:
             grid: Mesh sizes, int64[candidate, axis]; all of one stage or of several.
             cuts: Microbatches, int64[candidate].
         """
-        return next(self._round(structure, cluster, None, watch, grid, cuts), None)
+        known = Known(structure, self.pipelines(structure), [(grid, cuts)])
+        own = None, watch, grid, cuts, known, 0
+        return next(self._round(structure, cluster, *own), None)
 
     def rounds(
         self, strategy: Strategy, cluster: Cluster
@@ -297,6 +305,8 @@ class Space:
         watch: Watch,
         grid: np.ndarray,
         cuts: np.ndarray,
+        known: Known,
+        number: int,
     ) -> Iterator[Candidates]:
         bounded = watch.best is not None
         open_ = Placing.of(strategy, cluster, grid)
@@ -322,11 +332,15 @@ class Space:
             sets = self.offloads(strategy, cluster, sketch, structure.schedule.remat)
             watch.alike += int((~new).sum())
             here = np.flatnonzero(new)
+            least_s = known.floor_s(structure, sets, number)
             if bounded and len(here):
+                # What is found is kept there.
+                here = here[watch.lets(least_s[here])]
                 wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
                 for active, rows in propagated.parts(first, sketch, grid, here):
                     pricer = propagated.pricer(first, sketch, active)
                     bounds.find(pricer, placing, rows, wanted)
+                least_s[here] = np.maximum(least_s[here], bounds.floor_s(here))
                 here = here[watch.lets(bounds.floor_s(here))]
             if not len(here):
                 continue
@@ -341,19 +355,25 @@ class Space:
                     if bounded:
                         wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
                         own = grid[at], cuts[at].astype(float), bounds.floors(at)
-                        at = at[watch.lets(floor_s(pricer, placing, *own, wanted))]
-                    parts.append((pricer, grid[at], cuts[at]))
+                        floors_s = floor_s(pricer, placing, *own, wanted)
+                        least_s[at] = np.maximum(least_s[at], floors_s)
+                        at = at[watch.lets(floors_s)]
+                    parts.append((pricer, at))
             whole = partial(propagated.pricer, structure, sketch)
             found = price(
                 whole,
                 structure,
                 sketch.names,
                 cluster,
-                parts,
+                [(pricer, grid[at], cuts[at]) for pricer, at in parts],
                 hows,
                 sets,
                 placing,
                 watch,
             )
             watch.saw(found.sizes, found.step_s, found.peak_bytes)
+            if bounded:
+                at = np.concatenate([here[:0], *(at for _, at in parts)])
+                asked = grid[at], cuts[at], watch.step_s, watch.bytes_
+                least_s[at] = np.maximum(least_s[at], as_priced(found, *asked))
             yield found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Strategy
 from autoshard.search import space
 from autoshard.search.candidates import Space
+from autoshard.search.known import ROUNDING, Known
 from autoshard.search.mixes import PAIRS, mixes
 from autoshard.search.priced import Candidates
 from autoshard.search.watch import Watch
@@ -38,6 +41,7 @@ class Explored:
             left.
         left: Structures that were left.
         why: Why they were left: empty, "time limit" or "interrupted".
+        known: Bounds on its candidates, for searches with more fields fixed.
     """
 
     groups: tuple[Candidates, ...]
@@ -46,6 +50,7 @@ class Explored:
     floor_s: float
     left: int
     why: str
+    known: Known
 
     @property
     def enumerated(self) -> int:
@@ -79,6 +84,25 @@ class Explored:
         best = self.ranked[0][0] if self.ranked else float("inf")
         return min(best, self.floor_s)
 
+    def guess_s(self, fixed: Mapping[str, Any], count: int) -> float:
+        """Seconds that so many plans take that have some more fields fixed.
+
+        Infinite if fewer were priced. Of what costs exactly the same, all but one may
+        be the same plan.
+
+        Args:
+            fixed: By the keys of `fixed_fields`.
+            count: How many.
+        """
+        times: set[tuple[float, float]] = set()
+        for group in filter(lambda group: len(group.sizes), self.groups):
+            met = group.peak_bytes <= self.capacity
+            for key, value in fixed.items():
+                met = met & group.meets(key, value)
+            times |= set(zip(group.step_s[met], group.peak_bytes[met], strict=True))
+        slowest = sorted(times)[:count][-1:]
+        return slowest[0][0] * (1 + ROUNDING) if len(times) >= count else float("inf")
+
     def front(self) -> list[Entry]:
         """Of `ranked`, those than which no other is both as fast and as small.
 
@@ -99,6 +123,8 @@ def explore(
     *,
     best: int | None = None,
     time_limit_s: float | None = None,
+    known: Known | None = None,
+    guess_s: float = float("inf"),
 ) -> Explored:
     """Prices the candidates of a strategy, structure by structure.
 
@@ -114,10 +140,14 @@ def explore(
             bound rules out to be one of them is not priced. All is where it is None,
             but of orders of the axes only what may be on the front.
         time_limit_s: Seconds after which no further structure is begun.
+        known: Of a search of the same program on the same cluster that has bounds.
+        guess_s: Seconds in which there may be as many candidates as are wanted. Where
+            there are not, the space is gone through again without it.
     """
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM
-    rounds = len(everything.rounds(strategy, cluster))
-    whole = sum(1 for _ in space.structures(strategy)) * rounds
+    rounds = everything.rounds(strategy, cluster)
+    whole = sum(1 for _ in space.structures(strategy)) * len(rounds)
+    known = Known(strategy, everything.pipelines(strategy), rounds, known)
     start_s = said_s = time.monotonic()
     plain = everything.sketch("none")
     assert plain is not None
@@ -125,10 +155,10 @@ def explore(
     floor_s = fastest_s(shallow.traced.program, shallow.classes, shallow.work, cluster)
     # The front of all plans has those with something offloaded that need not have it.
     enough_bytes = 0.0 if best is None else capacity
-    watch = Watch(best, capacity, enough_bytes)
+    watch = Watch(best, capacity, enough_bytes, guess_s=guess_s)
     groups: list[Candidates] = []
     why, tried = "", 0
-    found = everything.priced(strategy, cluster, watch=watch)
+    found = everything.priced(strategy, cluster, watch=watch, known=known)
     if strategy.schedule.remat == "mix":
         whole += len(PAIRS)
         found = itertools.chain(found, mixes(everything, strategy, cluster, watch))
@@ -153,6 +183,15 @@ def explore(
         if not groups:
             raise
         why = "interrupted"
+    if not (why or watch.found_enough):
+        return explore(
+            everything,
+            strategy,
+            cluster,
+            best=best,
+            time_limit_s=time_limit_s,
+            known=known,
+        )
     left = whole - watch.visited if why else 0
     # An interruption may come while the structure that was visited last is priced.
     left += why == "interrupted"
@@ -163,4 +202,5 @@ def explore(
         floor_s=floor_s if left else float("inf"),
         left=left,
         why=why if left else "",
+        known=known,
     )

@@ -13,7 +13,8 @@ from autoshard.plan.strategy import Strategy
 from autoshard.search.candidates import Space
 from autoshard.search.explore import Entry, Explored, explore
 from autoshard.search.finish import draft
-from autoshard.search.pinning import with_pins
+from autoshard.search.known import Known
+from autoshard.search.pinning import fixed_fields, with_pins
 from autoshard.search.remedy import explain_indivisible, explain_no_fit
 from autoshard.search.space import without_experts
 
@@ -79,6 +80,7 @@ class Solver:
                 self.log("axis 'expert' left out: no dim of the program is of experts")
         self._explored: dict[int | None, Explored] = {}
         self._refused: list[tuple[float, Strategy]] = []
+        self._parent: Solver | None = None
 
     def pinned(self, pins: Mapping[str, Any]) -> Solver:
         """The same program with more fields fixed.
@@ -95,7 +97,7 @@ class Solver:
         # anew.
         asked = self._asked
         alike = (strategy.specs, strategy.names) == (asked.specs, asked.names)
-        return Solver(
+        found = Solver(
             self.fn,
             self.args,
             self.cluster,
@@ -105,6 +107,8 @@ class Solver:
             time_limit_s=self.time_limit_s,
             space=self.space if alike else None,
         )
+        found._parent = self if alike else None
+        return found
 
     def on(self, cluster: Cluster) -> Solver:
         """The same program on another cluster."""
@@ -130,12 +134,15 @@ class Solver:
         """
         if best in self._explored:
             return self._explored[best]
+        known, guess_s = self._from_parent(best) if best else (None, float("inf"))
         found = explore(
             self.space,
             self.strategy,
             self.cluster,
             best=best,
             time_limit_s=self.time_limit_s,
+            known=known,
+            guess_s=guess_s,
         )
         watch = found.watch
         if not found.enumerated and not watch.too_large:
@@ -152,6 +159,16 @@ class Solver:
         )
         self._explored[best] = found
         return found
+
+    def _from_parent(self, best: int) -> tuple[Known | None, float]:
+        """What the solver whose fields were fixed knows; see `explore`."""
+        parent = self._parent
+        earlier = [e for b, e in parent._explored.items() if b] if parent else []
+        if not parent or not earlier:
+            return None, float("inf")
+        fixed, before = (fixed_fields(s.strategy) for s in (self, parent))
+        new = {key: value for key, value in fixed.items() if before.get(key) != value}
+        return earlier[-1].known, earlier[-1].guess_s(new, best)
 
     @no_collection()
     def plans(self, top: int = 1) -> list[Plan]:

@@ -21,6 +21,8 @@ class Watch:
         enough_bytes: Candidates that need no more are not tried with anything
             offloaded, which would only make them slower.
         step_s: Seconds a step; may be lowered between two structures.
+        guess_s: Seconds in which there may be enough candidates; slower ones are not
+            wanted, see `found_enough`.
         visited: Structures looked at.
         alike: Candidates that are what another one is: where two structures differ, the
             mesh has one device; or the network does not tell two orders apart.
@@ -34,6 +36,7 @@ class Watch:
     bytes_: float = float("inf")
     enough_bytes: float = 0.0
     step_s: float = float("inf")
+    guess_s: float = float("inf")
     visited: int = 0
     alike: int = 0
     pruned: int = 0
@@ -42,6 +45,16 @@ class Watch:
     _bests: list[float] = field(default_factory=list)
     _mixes: dict[object, float] = field(default_factory=dict)
     _front: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((2, 0)))
+
+    def __post_init__(self) -> None:
+        self.step_s = min(self.step_s, self.guess_s)
+
+    @property
+    def found_enough(self) -> bool:
+        """Whether the best were found, and not only none as fast as was guessed."""
+        bests = self._all(self._bests)
+        full = len(bests) == self.best and bests[-1] <= self.guess_s
+        return full or self.guess_s == float("inf")
 
     def lets(self, floor_s: Vector) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which candidates bounds let through; the others are counted.
@@ -105,7 +118,7 @@ class Watch:
 
     def _limit_s(self, bests: list[float]) -> float:
         full = self.best is not None and len(bests) == self.best
-        return bests[-1] if full else float("inf")
+        return min(bests[-1] if full else float("inf"), self.guess_s)
 
     def _bests_with(
         self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector

@@ -14,7 +14,6 @@ from autoshard.cost.price import MEMORY_HEADROOM
 from autoshard.ir.errors import InfeasibleError
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
-from autoshard.search.pinning import with_pins
 from autoshard.search.solver import Solver
 
 CI, EXPERTS, ALL = range(30), range(10), range(200)
@@ -113,14 +112,3 @@ def test_an_axis_may_be_fixed_that_the_strategy_lacks():
     assert other.space is solver.space
     [plan] = other.plans()
     assert {t.storage == t.compute for t in plan.tensors} == {True, False}
-
-
-def test_what_is_found_with_a_field_fixed_is_what_is_found_from_the_start():
-    step, batch = make_step("llama3-tiny", scan=True), abstract_batch()
-    strategy = load_strategy("auto")
-    solver = Solver(step, (batch,), cluster("h100:8"), strategy)
-    solver.plans()
-    pins = {"tensor": 2, "remat": "full"}
-    [found] = solver.pinned(pins).plans()
-    alone = Solver(step, (batch,), cluster("h100:8"), with_pins(strategy, pins))
-    assert [found] == alone.plans()
