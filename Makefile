@@ -79,7 +79,7 @@ test: $(VENV)/.test ## the tests and doctests that need no accelerator
 
 .PHONY: core
 core: $(VENV)/.test ## the tests of the core layers only
-	$(BIN)/pytest $(PARALLEL) $(CORE_TESTS)
+	$(BIN)/pytest $(PARALLEL) -m 'not (slow or gpu or tpu or one_jax)' $(CORE_TESTS)
 
 .PHONY: clients
 clients: $(CLIENTS_VENV)/.clients ## plan and run programs that other people wrote

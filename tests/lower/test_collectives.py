@@ -101,8 +101,14 @@ BY_EXPERT = {"batch": ("data", "expert"), "expert": ("tensor", "expert"), "mlp":
     ("name", "mesh", "scan", "rules", "sent"),
     [
         ("ep", {"data": 2, "fsdp": 1, "expert": 4}, True, {}, 1),
-        ("ep", {"data": 2, "fsdp": 2, "expert": 2}, False, {}, 4),
-        ("megatron-tp", {"data": 1, "expert": 4, "tensor": 2}, True, BY_WIDTH, 2),
+        pytest.param(
+            *("ep", {"data": 2, "fsdp": 2, "expert": 2}, False, {}, 4),
+            marks=pytest.mark.one_jax,
+        ),
+        pytest.param(
+            *("megatron-tp", {"data": 1, "expert": 4, "tensor": 2}, True, BY_WIDTH, 2),
+            marks=pytest.mark.one_jax,
+        ),
         ("megatron-tp", {"data": 1, "expert": 4, "tensor": 2}, True, BY_EXPERT, 1),
     ],
 )

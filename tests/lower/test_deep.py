@@ -29,8 +29,12 @@ def layers():
     ("strategy", "pins"),
     [
         ("fsdp-tp", {"fsdp": 4, "rules.mlp": "tensor", "microbatches": 1}),
-        ("fsdp-tp", {"fsdp": 2, "remat": "full", "microbatches": 2}),
-        ("zero1", {"microbatches": 1}),
+        pytest.param(
+            "fsdp-tp",
+            {"fsdp": 2, "remat": "full", "microbatches": 2},
+            marks=pytest.mark.one_jax,
+        ),
+        pytest.param("zero1", {"microbatches": 1}, marks=pytest.mark.one_jax),
     ],
 )
 def test_a_deep_plan_is_equal_to_one_device(strategy, pins):

@@ -31,9 +31,13 @@ from autoshard.search.reading import Shallow, Sketch, classes_of, read
 from autoshard.search.solver import Solver
 
 BATCH, SEQ = 16, 32
+SLOW = pytest.mark.slow
 STRATEGIES = (
-    *("auto", "dp", "fsdp", "fsdp-tp", "fsdp-tp-cp"),
-    *("megatron-sp", "megatron-tp", "zero1", "zero2"),
+    *("auto", "dp", "fsdp", "zero1"),
+    *(
+        pytest.param(name, marks=SLOW)
+        for name in ("fsdp-tp", "fsdp-tp-cp", "megatron-sp", "megatron-tp", "zero2")
+    ),
 )
 PARTS = ("matmul_s", "other_s", "collective_s", "hidden_s", "peak_bytes")
 
@@ -106,8 +110,15 @@ def check_prices(traced, classes, strategy, remat, name, structures=None):
     return shallow
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("name", ["h100:16", "v5p:16"])
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        ("h100:16", "none"),
+        ("v5p:16", "full"),
+        pytest.param("h100:16", "full", marks=SLOW),
+        pytest.param("v5p:16", "none", marks=SLOW),
+    ],
+)
 def test_prices_are_those_of_the_whole(name, remat):
     strategy = load_strategy("auto")
     traced, classes = program_of(decoder(), strategy, remat)
@@ -205,7 +216,7 @@ def rounded(found):
     return found
 
 
-@pytest.mark.parametrize("named", ["fsdp-tp", "megatron-sp"])
+@pytest.mark.parametrize("named", ["fsdp-tp", pytest.param("megatron-sp", marks=SLOW)])
 def test_the_plan_is_that_of_a_search_of_the_whole(named, monkeypatch):
     step = decoder(layers=9)
     found = plan_of(step, named, "h100:16")
@@ -283,8 +294,12 @@ def without_trail(plan):
     ("named", "pins"),
     [
         ("fsdp-tp", {"remat": "none", "microbatches": 1}),
-        ("megatron-sp", {"remat": "full", "microbatches": 2, "tensor": 2}),
-        ("fsdp", {"remat": "dots", "microbatches": 2}),
+        pytest.param(
+            "megatron-sp",
+            {"remat": "full", "microbatches": 2, "tensor": 2},
+            marks=SLOW,
+        ),
+        pytest.param("fsdp", {"remat": "dots", "microbatches": 2}, marks=SLOW),
     ],
 )
 def test_a_plan_for_few_copies_is_that_for_all(named, pins, monkeypatch):

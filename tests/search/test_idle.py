@@ -32,7 +32,7 @@ PARTS = [
 ]
 CI, ALL = range(7), range(60)
 ZOO = [
-    ("llama3-tiny", "auto", "h100:8"),
+    pytest.param("llama3-tiny", "auto", "h100:8", marks=pytest.mark.slow),
     pytest.param("llama3-tiny", "auto", "v5e:2x4", marks=pytest.mark.slow),
     pytest.param("gpt2-tiny", "auto", "cpu:8", marks=pytest.mark.slow),
     ("gpt2-tiny", "fsdp-tp", "h100:8"),

@@ -24,7 +24,7 @@ from autoshard.search.candidates import Space
 from autoshard.search.pinning import with_pins
 from autoshard.search.solver import Solver
 
-CI, ALL = range(8), range(120)
+CI, ALL = range(7), range(120)
 
 CLUSTERS = ("h100:4x2", "h100:2x4", "h100:3x2", "v5e:2x4", "v5p:2x2x2")
 """Several levels of links, over few chips."""

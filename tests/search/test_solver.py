@@ -16,7 +16,10 @@ from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
 from autoshard.search.solver import Solver
 
-CI, EXPERTS, ALL = range(30), range(10), range(200)
+ALL = range(200)
+# Of the first ones those that take seconds each.
+CI = sorted({*range(30)} - {6, 13})
+EXPERTS = (0, 1, 3, 5, 6, 7)
 
 
 def first_different(solver, best, count):
@@ -72,7 +75,7 @@ def test_bounded_search_is_exact_with_made_weights(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", ALL[len(EXPERTS) :])
+@pytest.mark.parametrize("seed", sorted({*ALL} - {*EXPERTS}))
 def test_bounded_search_is_exact_with_made_weights_at_length(seed):
     check_exact(seed, with_made_weights(seed))
 
@@ -83,13 +86,13 @@ def test_bounded_search_is_exact_with_experts(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", ALL[len(CI) :])
+@pytest.mark.parametrize("seed", sorted({*ALL} - {*CI}))
 def test_bounded_search_is_exact_at_length(seed):
     check_exact(seed, instance(seed))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", ALL[len(EXPERTS) :])
+@pytest.mark.parametrize("seed", sorted({*ALL} - {*EXPERTS}))
 def test_bounded_search_is_exact_with_experts_at_length(seed):
     check_exact(seed, with_experts(seed))
 

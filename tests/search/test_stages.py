@@ -84,7 +84,7 @@ def test_blocks_that_are_fixed_are_obeyed():
 
 
 def test_what_cannot_be_run_is_refused_and_left_out():
-    [plan] = pinned(stage=2).plans()
+    [plan] = pinned(stage=2, remat="none").plans()
     assert plan.not_executable == ("2 pipeline stages",)
     with pytest.raises(InputError, match=r"2 pipeline stages.*--executable"):
         ash.parallelize(STEP, plan)
