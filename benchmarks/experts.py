@@ -13,7 +13,8 @@ Part two, by numbers, is for rows that plans do not express (its reasons are lis
 every layout of a grid, and the published one, under the row's own software. It shows
 what the cost model prefers, not what users get.
 
-Every row is in results/experts.csv, with one line on what is otherwise and why.
+Every row is in results/experts.csv, with one line on what is otherwise and why. All
+rows take hours; `--only SOURCE` writes a record of its own, results/experts_SOURCE.
 
 Bar: by tracing, no published layout that fits is predicted faster than what is found.
 """
@@ -74,12 +75,14 @@ def main() -> int:
         ],
     )
     passed = not tracing["violations"]
-    stored(given.into, traced, grid)
+    name = f"experts_{given.only}" if given.only else "experts"
+    stored(given.into / f"{name}.csv", traced, grid)
     _record.write(
         given.into,
-        "experts",
+        name,
         what=(__doc__ or "").strip(),
-        command="python benchmarks/experts.py",
+        command="python benchmarks/experts.py"
+        + (f" --only {given.only}" if given.only else ""),
         figures={
             "only": given.only,
             "limit": given.limit,
@@ -329,7 +332,7 @@ def grid_figures(found: Sequence[Best]) -> dict[str, Any]:
     }
 
 
-def stored(into: Path, traced: Sequence[Compared], grid: Sequence[Best]) -> None:
+def stored(path: Path, traced: Sequence[Compared], grid: Sequence[Best]) -> None:
     """Writes a table with a line for each row compared."""
     table: list[tuple[Any, ...]] = [
         ("part", "source", "line", "published_s", "found_s", "ratio", "outcome", "why")
@@ -349,8 +352,8 @@ def stored(into: Path, traced: Sequence[Compared], grid: Sequence[Best]) -> None
         name = ("numbers", best.row.source, best.row.line)
         said = numbers_outcome(best)
         table.append((*name, *map(short, (*steps, ratio)), said, why))
-    into.mkdir(parents=True, exist_ok=True)
-    with (into / "experts.csv").open("w", newline="", encoding="utf-8") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(table)
 
 

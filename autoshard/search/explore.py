@@ -183,7 +183,10 @@ def explore(
         if not groups:
             raise
         why = "interrupted"
-    if not (why or watch.found_enough):
+    left = whole - watch.visited if why else 0
+    # An interruption may come while the structure that was visited last is priced.
+    left += why == "interrupted"
+    if not (left or watch.found_enough):
         return explore(
             everything,
             strategy,
@@ -192,9 +195,6 @@ def explore(
             time_limit_s=time_limit_s,
             known=known,
         )
-    left = whole - watch.visited if why else 0
-    # An interruption may come while the structure that was visited last is priced.
-    left += why == "interrupted"
     return Explored(
         groups=tuple(groups),
         capacity=capacity,

@@ -1,7 +1,7 @@
 """What a search finds of its candidates, for a later one with more fields fixed.
 
-A bound of a candidate holds as well where fewer ways to run it are left, so that most
-of a smaller space need not be looked at again.
+A bound of a candidate holds as well where fewer ways to run it are left: of a smaller
+space only what is between the old best and the new one has to be looked at.
 """
 
 from __future__ import annotations
@@ -89,13 +89,12 @@ class Known:
         return self._floor_s[key][begin:end]
 
     def _taken_over(self, key: object) -> Vector:
-        found = np.zeros(len(self._rows))
-        if self._earlier is not None and self._places is not None:
-            floor_s = self._earlier._floor_s.get(key)
-            among = self._earlier._offloads.get(key, frozenset())
-            if floor_s is not None and self._offloads[key] <= among:
-                at = np.flatnonzero(self._places >= 0)
-                found[at] = floor_s[self._places[at]]
+        found, earlier, places = np.zeros(len(self._rows)), self._earlier, self._places
+        if earlier is None or places is None or key not in earlier._floor_s:
+            return found
+        if self._offloads[key] <= earlier._offloads[key]:
+            at = np.flatnonzero(places >= 0)
+            found[at] = earlier._floor_s[key][places[at]]
         return found
 
 
