@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +42,17 @@ def begin() -> Start:
     """Notes the state of the checkout and of the machine."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Start(commit(), now, round(os.getloadavg()[0], 2))
+
+
+LOOPS = 10_000_000
+
+
+def loop_s() -> float:
+    """Seconds of a plain loop: how fast the machine is just now."""
+    start_s, total = time.perf_counter(), 0
+    for number in range(LOOPS):
+        total += number
+    return time.perf_counter() - start_s
 
 
 def parser(about: str, only: str = "") -> argparse.ArgumentParser:

@@ -74,17 +74,6 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-LOOPS = 10_000_000
-
-
-def loop_s() -> float:
-    """Seconds of a plain loop: how fast the machine is just now."""
-    start_s, total = time.perf_counter(), 0
-    for number in range(LOOPS):
-        total += number
-    return time.perf_counter() - start_s
-
-
 def search(arguments: tuple[str, ...], scratch: Path) -> dict[str, Any]:
     """One process: its wall time, its peak memory, and the mesh it chose.
 
@@ -94,7 +83,7 @@ def search(arguments: tuple[str, ...], scratch: Path) -> dict[str, Any]:
     plan = scratch / "found.plan.json"
     said = scratch / "said.txt"
     plan.unlink(missing_ok=True)
-    beside_s = loop_s()
+    beside_s = _record.loop_s()
     command = [sys.executable, "-m", "autoshard.cli", "search", *arguments]
     with said.open("w") as log:
         start_s = time.perf_counter()
@@ -195,7 +184,7 @@ def main() -> int:
         figures={
             "bar_peak_rss_bytes": BAR_RSS_BYTES,
             "runs_of_each": given.runs,
-            "iterations_of_loop": LOOPS,
+            "iterations_of_loop": _record.LOOPS,
             "growth": growth(cases),
             "cases": cases,
         },
