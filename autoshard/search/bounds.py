@@ -233,6 +233,11 @@ class RuleBounds:
             )
         self._floor_s[rows] = floor_s
 
+    @property
+    def every_s(self) -> Vector:
+        """`floor_s` of all candidates; NaN as well where it is not found yet."""
+        return self._floor_s
+
     def floor_s(self, rows: np.ndarray) -> Vector:
         """Seconds a step takes at least, as in the function; NaN for an odd batch.
 

@@ -325,22 +325,23 @@ class Space:
             if sketch is None or not propagated.attends(structure, sketch, strategy):
                 continue
             new = alike.distinct(structure, sketch.names)
+            sets = self.offloads(strategy, cluster, sketch, structure.schedule.remat)
+            of = structure, sets, number
             if bounded and (structure.rules, structure.schedule) != family:
                 family = structure.rules, structure.schedule
                 first = structure
                 bounds = RuleBounds(grid, cuts, batch)
-            sets = self.offloads(strategy, cluster, sketch, structure.schedule.remat)
+                known.note_rules(*of, bounds.every_s)
             watch.alike += int((~new).sum())
             here = np.flatnonzero(new)
-            least_s = known.floor_s(structure, sets, number)
             if bounded and len(here):
-                # What is found is kept there.
-                here = here[watch.lets(least_s[here])]
+                before_s = known.floor_s(*of)
+                if before_s is not None:
+                    here = here[watch.lets(before_s[here])]
                 wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
                 for active, rows in propagated.parts(first, sketch, grid, here):
                     pricer = propagated.pricer(first, sketch, active)
                     bounds.find(pricer, placing, rows, wanted)
-                least_s[here] = np.maximum(least_s[here], bounds.floor_s(here))
                 here = here[watch.lets(bounds.floor_s(here))]
             if not len(here):
                 continue
@@ -356,7 +357,7 @@ class Space:
                         wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
                         own = grid[at], cuts[at].astype(float), bounds.floors(at)
                         floors_s = floor_s(pricer, placing, *own, wanted)
-                        least_s[at] = np.maximum(least_s[at], floors_s)
+                        known.note(*of, at, floors_s)
                         at = at[watch.lets(floors_s)]
                     parts.append((pricer, at))
             whole = partial(propagated.pricer, structure, sketch)
@@ -375,5 +376,5 @@ class Space:
             if bounded:
                 at = np.concatenate([here[:0], *(at for _, at in parts)])
                 asked = grid[at], cuts[at], watch.step_s, watch.bytes_
-                least_s[at] = np.maximum(least_s[at], as_priced(found, *asked))
+                known.note(*of, at, as_priced(found, *asked))
             yield found

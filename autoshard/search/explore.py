@@ -87,21 +87,19 @@ class Explored:
     def guess_s(self, fixed: Mapping[str, Any], count: int) -> float:
         """Seconds that so many plans take that have some more fields fixed.
 
-        Infinite if fewer were priced. Of what costs exactly the same, all but one may
-        be the same plan.
+        Infinite if fewer were priced.
 
         Args:
             fixed: By the keys of `fixed_fields`.
             count: How many.
         """
-        times: set[tuple[float, float]] = set()
+        watch = Watch(count, self.capacity)
         for group in filter(lambda group: len(group.sizes), self.groups):
-            met = group.peak_bytes <= self.capacity
+            met = np.full(len(group.sizes), True)
             for key, value in fixed.items():
-                met = met & group.meets(key, value)
-            times |= set(zip(group.step_s[met], group.peak_bytes[met], strict=True))
-        slowest = sorted(times)[:count][-1:]
-        return slowest[0][0] * (1 + ROUNDING) if len(times) >= count else float("inf")
+                met &= group.meets(key, value)
+            watch.saw(group.sizes[met], group.step_s[met], group.peak_bytes[met])
+        return watch.step_s * (1 + ROUNDING)
 
     def front(self) -> list[Entry]:
         """Of `ranked`, those than which no other is both as fast and as small.
@@ -142,8 +140,10 @@ def explore(
         time_limit_s: Seconds after which no further structure is begun.
         known: Of a search of the same program on the same cluster that has bounds.
         guess_s: Seconds in which there may be as many candidates as are wanted. Where
-            there are not, the space is gone through again without it.
+            there are not, the space is gone through again without it; so it does not go
+            with a time limit.
     """
+    assert time_limit_s is None or guess_s == float("inf")
     capacity = cluster.hbm_bytes * MEMORY_HEADROOM
     rounds = everything.rounds(strategy, cluster)
     whole = sum(1 for _ in space.structures(strategy)) * len(rounds)
@@ -180,21 +180,17 @@ def explore(
                 why = "time limit"
                 break
     except KeyboardInterrupt:
-        if not groups:
+        if not any(len(group.sizes) for group in groups):
             raise
         why = "interrupted"
     left = whole - watch.visited if why else 0
     # An interruption may come while the structure that was visited last is priced.
     left += why == "interrupted"
     if not (left or watch.found_enough):
-        return explore(
-            everything,
-            strategy,
-            cluster,
-            best=best,
-            time_limit_s=time_limit_s,
-            known=known,
-        )
+        try:
+            return explore(everything, strategy, cluster, best=best, known=known)
+        except KeyboardInterrupt:
+            why, left = "interrupted", whole
     return Explored(
         groups=tuple(groups),
         capacity=capacity,

@@ -44,14 +44,18 @@ class Known:
         earlier: Known | None = None,
     ) -> None:
         self._order, self._pipelines = strategy.order, frozenset(pipelines)
-        self._offloads: dict[object, frozenset[Offload]] = {}
-        self._floor_s: dict[object, Vector] = {}
         self._begins = np.cumsum([0, *(len(cuts) for _, cuts in rounds)])
         none = np.zeros((0, len(AXES) + 1), dtype=np.int64)
         each = [np.column_stack([sizes, cuts]) for sizes, cuts in rounds]
         self._rows = np.concatenate([none, *each]).astype(np.int64)
-        self._earlier = earlier if earlier and self._within(earlier) else None
-        self._places = self._earlier and self._earlier._find(self._rows)
+        self._offloads: dict[object, frozenset[Offload]] = {}
+        self._noted: dict[object, list[tuple[Rows | slice, Vector]]] = {}
+        # Where candidates are in earlier searches.
+        self._places: list[tuple[Known, Rows]] = []
+        while earlier is not None:
+            if self._within(earlier):
+                self._places.append((earlier, _places(self._rows, earlier._rows)))
+            earlier = earlier._places[0][0] if earlier._places else None
 
     def _within(self, earlier: Known) -> bool:
         """Whether all ways to run a candidate are among those of an earlier search."""
@@ -63,15 +67,10 @@ class Known:
             return one_stage or self._pipelines == earlier._pipelines
         return self._pipelines <= earlier._pipelines
 
-    def _find(self, rows: Rows) -> Rows:
-        """Where other candidates are among these; -1 where they are not."""
-        own = {row.tobytes(): k for k, row in enumerate(self._rows)}
-        return np.array([own.get(row.tobytes(), -1) for row in rows], dtype=np.int64)
-
     def floor_s(
         self, structure: Strategy, offloads: Sequence[Offload], number: int
-    ) -> Vector:
-        """What is known of the candidates of a structure; to be raised in place.
+    ) -> Vector | None:
+        """What earlier searches found of the candidates of a structure.
 
         Args:
             structure: It.
@@ -79,31 +78,90 @@ class Known:
             number: Of the round.
 
         Returns:
-            As `Watch.lets` takes them, float64[candidate]; zero where nothing is known.
+            As `Watch.lets` takes them, float64[candidate], zero for those of which
+            nothing is known; None if no earlier search has bounds.
         """
         begin, end = self._begins[number : number + 2]
-        key = _key(structure)
-        if key not in self._floor_s:
-            self._offloads[key] = frozenset(offloads)
-            self._floor_s[key] = self._taken_over(key)
-        return self._floor_s[key][begin:end]
-
-    def _taken_over(self, key: object) -> Vector:
-        found, earlier, places = np.zeros(len(self._rows)), self._earlier, self._places
-        if earlier is None or places is None or key not in earlier._floor_s:
-            return found
-        if self._offloads[key] <= earlier._offloads[key]:
-            at = np.flatnonzero(places >= 0)
-            found[at] = earlier._floor_s[key][places[at]]
+        found: Vector | None = None
+        for earlier, places in self._places:
+            own = places[begin:end]
+            for key in (_family(structure), _key(structure)):
+                if not earlier._offloads.get(key, frozenset()).issuperset(offloads):
+                    continue
+                whole = np.zeros(len(earlier._rows) + 1)  # the last for those not there
+                for rows, floor_s in earlier._noted.get(key, ()):
+                    # Of what is NaN there nothing is known yet.
+                    whole[rows] = np.fmax(whole[rows], floor_s)
+                taken = whole[own] * (1 - ROUNDING)
+                found = taken if found is None else np.maximum(found, taken)
         return found
 
+    def note_rules(
+        self,
+        structure: Strategy,
+        offloads: Sequence[Offload],
+        number: int,
+        floor_s: Vector,
+    ) -> None:
+        """Keeps bounds of all candidates, whatever their storage.
 
-def _key(structure: Strategy) -> object:
-    """What tells a structure from others, whatever fills the holes that are left."""
+        Args:
+            structure: One with the rules and the schedule.
+            offloads: What may be in the host's memory.
+            number: Of the round.
+            floor_s: As from `RuleBounds`, float64[candidate]; it is not copied, so that
+                what is written there later is kept, too.
+        """
+        begin, end = self._begins[number : number + 2]
+        self._note(_family(structure), offloads, slice(begin, end), floor_s)
+
+    def note(
+        self,
+        structure: Strategy,
+        offloads: Sequence[Offload],
+        number: int,
+        rows: Rows,
+        floor_s: Vector,
+    ) -> None:
+        """Keeps bounds of some candidates of a structure, `rows` of a round."""
+        at = rows + self._begins[number]
+        self._note(_key(structure), offloads, at, floor_s)
+
+    def _note(
+        self,
+        key: object,
+        offloads: Sequence[Offload],
+        rows: Rows | slice,
+        floor_s: Vector,
+    ) -> None:
+        self._offloads[key] = frozenset(offloads)
+        self._noted.setdefault(key, []).append((rows, floor_s))
+
+
+def _family(structure: Strategy) -> tuple[object, ...]:
+    """What tells structures from others of other rules or schedules."""
     schedule = structure.schedule
     kind = schedule.context_kind, schedule.context_heads
-    axes = frozenset(structure.mesh)
-    return structure.rules, structure.storage, schedule.remat, kind, axes
+    return structure.rules, schedule.remat, kind, frozenset(structure.mesh)
+
+
+def _key(structure: Strategy) -> tuple[object, ...]:
+    """What tells a structure from others, whatever fills the holes that are left."""
+    return (*_family(structure), structure.storage)
+
+
+def _places(rows: Rows, among: Rows) -> Rows:
+    """Where rows are among others; -1 where they are not."""
+    found = np.full(len(rows), -1)
+    if not len(among):
+        return found
+    # Numbers that hardly any two rows share, so that few are compared in vain.
+    weights = np.random.default_rng(0).integers(1, 2**62, rows.shape[1])
+    own, others = rows @ weights, among @ weights
+    order = np.argsort(others, kind="stable")
+    at = order[np.minimum(np.searchsorted(others[order], own), len(others) - 1)]
+    same = (among[at] == rows).all(axis=1)
+    return np.where(same, at, found)
 
 
 def as_priced(
@@ -125,5 +183,5 @@ def as_priced(
     fits = found.peak_bytes <= room
     rows = np.column_stack([found.sizes, found.cuts])[fits]
     own = np.array([at[row.tobytes()] for row in rows], dtype=np.int64)
-    np.minimum.at(floor_s, own, found.step_s[fits] * (1 - ROUNDING))
+    np.minimum.at(floor_s, own, found.step_s[fits])
     return np.where(floor_s < np.inf, floor_s, missing_s)

@@ -166,9 +166,22 @@ class Solver:
         earlier = [e for b, e in parent._explored.items() if b] if parent else []
         if not parent or not earlier:
             return None, float("inf")
-        fixed, before = (fixed_fields(s.strategy) for s in (self, parent))
+        own, other = self.strategy, parent.strategy
+        fixed, before = fixed_fields(own), fixed_fields(other)
         new = {key: value for key, value in fixed.items() if before.get(key) != value}
-        return earlier[-1].known, earlier[-1].guess_s(new, best)
+        # What fixed fields do not name, or its candidates cannot be asked for.
+        there = {f"rules.{rule.logical}" for rule in other.rules}
+        blind = any(key.startswith("rules.") and key not in there for key in new)
+        for name in ("blocks", "context_heads"):
+            blind |= getattr(own.schedule, name) != getattr(other.schedule, name)
+        blind |= own.order != other.order or "mix" in (
+            own.schedule.remat,
+            other.schedule.remat,
+        )
+        guess_s = float("inf")
+        if not blind and self.time_limit_s is None:
+            guess_s = earlier[-1].guess_s(new, best)
+        return earlier[-1].known, guess_s
 
     @no_collection()
     def plans(self, top: int = 1) -> list[Plan]:

@@ -14,6 +14,7 @@ from autoshard.search.explore import explore
 from autoshard.search.known import Known
 from autoshard.search.pinning import with_pins
 from autoshard.search.solver import Solver
+from autoshard.search.space import structures
 
 STEP, BATCH = mlp_step(layers=2), floats(16, 32)
 STRATEGY = of_mesh(
@@ -22,6 +23,10 @@ STRATEGY = of_mesh(
     storage={"params": "auto", "gradients": "auto", "optimizer": "auto"},
     microbatches="auto", remat="auto", pipeline="auto", order="auto",
 )  # fmt: skip
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def apart_from_counts(plans):
@@ -55,56 +60,120 @@ def solved():
         [{"stage": 1}],
         [{"stage": 2, "pipeline": "1f1b"}, {"microbatches": 4}],
         [{"rules.vocab": "none"}, {"storage.optimizer": "data+fsdp"}],
-        [{"order": "fsdp+data+tensor+stage"}],
+        # A dense program has no axis for experts, and so no rule.
+        [{"rules.expert": "none"}],
+        [{"offload": "auto"}, {"offload": "optimizer"}],
         [{"data": 8}, {"data": 2}],
     ],
 )
 def test_fixing_fields_one_after_the_other_finds_what_fixing_all_does(solved, chain):
-    strategy, solver = solved.strategy, solved
+    check(solved, chain)
+
+
+@pytest.mark.parametrize(
+    ("chips", "chain"),
+    [
+        # In these the network tells orders of axes apart.
+        ("v5e:2x4", [{"order": "tensor+data+fsdp"}]),
+        slow("h100:4x2", [{"order": "tensor+data+fsdp"}, {"tensor": 2}]),
+        ("h100:8", [{"context_kind": "ring"}]),
+        slow("h100:8", [{"context": 2}, {"context_kind": "ulysses"}]),
+        ("h100:8", [{"remat": "full"}]),
+        slow("h100:8", [{"remat": "none"}, {"remat": "mix"}, {"tensor": 2}]),
+    ],
+)
+def test_so_it_is_with_orders_attention_and_mixes(chips, chain):
+    opened = {"context_kind": "auto"} if "context_kind" in chain[-1] else {}
+    if chain == [{"remat": "full"}]:
+        opened = {"remat": "mix"}
+    strategy = with_pins(load_strategy("auto"), {**opened, "expert": 1, "stage": 1})
+    step = make_step("llama3-tiny", scan=True)
+    solver = Solver(step, (abstract_batch(),), cluster(chips), strategy)
+    solver.plans()
+    check(solver, chain)
+
+
+def check(solver, chain):
+    start, strategy = solver, solver._asked
     for pins in chain:
         solver, strategy = solver.pinned(pins), with_pins(strategy, pins)
-        alone = Solver(
-            solved.fn, solved.args, solved.cluster, strategy, space=solved.space
-        )
+        alone = Solver(start.fn, start.args, start.cluster, strategy, space=start.space)
         found, expected = solver.plans(2), alone.plans(2)
         assert apart_from_counts(found) == apart_from_counts(expected)
 
 
-@pytest.mark.parametrize("chips", ["h100:8", "v5e:2x4", "cpu:8"])
+def known_of(fewer, group, known, space):
+    """What is taken over of the candidates of a group."""
+    own = [(group.sizes, group.cuts)]
+    taken = Known(fewer, space.pipelines(fewer), own, known)
+    found = taken.floor_s(group.strategy, group.offloads, 0)
+    return np.zeros(len(group.sizes)) if found is None else found
+
+
+@pytest.mark.parametrize("chips", ["h100:8", "h100:4x2", "v5e:2x4", "cpu:8"])
 @pytest.mark.parametrize(
-    "pins", [{}, {"stage": 1}, {"pipeline": "zb-h1"}, {"order": "data"}, {"fsdp": 2}]
+    "pins",
+    [{}, {"stage": 1}, {"pipeline": "zb-h1"}, {"order": "tensor+data"}, {"fsdp": 2}],
 )
 def test_no_candidate_is_below_what_is_known_of_it(chips, pins):
     there = cluster(chips)
     space = Solver(STEP, (BATCH,), there, STRATEGY).space
     known = explore(space, STRATEGY, there, best=2).known
     fewer, room = with_pins(STRATEGY, pins), there.hbm_bytes * MEMORY_HEADROOM
-    ways, above = space.pipelines(fewer), 0
+    above = 0
     for group in space.price(fewer, there):
-        own = [(group.sizes, group.cuts)]
-        own_known = Known(fewer, ways, own, known)
-        floor_s = own_known.floor_s(group.strategy, group.offloads, 0)
+        floor_s = known_of(fewer, group, known, space)
         fits = group.peak_bytes <= room
         assert (floor_s[fits] <= group.step_s[fits]).all()
         above += int((floor_s > 0).sum())
     assert above
 
 
-def test_what_holds_of_fewer_ways_is_not_taken_over():
-    there = cluster("cpu:8")
+@pytest.mark.parametrize(
+    "wider", [{"order": "data+fsdp"}, {"pipeline": "1f1b"}, {"pipeline": "none"}]
+)
+def test_what_holds_of_fewer_ways_is_not_taken_over(wider):
+    there = cluster("v5e:2x4")
     space = Solver(STEP, (BATCH,), there, STRATEGY).space
-    narrow = with_pins(STRATEGY, {"pipeline": "1f1b", "order": "data+fsdp"})
+    narrow = with_pins(STRATEGY, {"pipeline": "1f1b", "order": "tensor+data"})
     known = explore(space, narrow, there, best=1).known
-    for pins in ({"order": "data+fsdp"}, {"pipeline": "1f1b"}, {"pipeline": "none"}):
-        wider = with_pins(STRATEGY, pins)
-        for group in space.price(wider, there):
-            own = [(group.sizes, group.cuts)]
-            taken = Known(wider, space.pipelines(wider), own, known)
-            floor_s = taken.floor_s(group.strategy, group.offloads, 0)
-            # Where all have one stage, none takes turns.
-            one_stage = bool((group.sizes[:, 0] == 1).all())
-            if "order" not in pins or not one_stage:
-                assert not floor_s.any()
+    strategy = with_pins(STRATEGY, wider)
+    for group in space.price(strategy, there):
+        assert not known_of(strategy, group, known, space).any()
+
+
+def test_a_chain_of_searches_takes_over_from_all(solved):
+    [first] = [e for best, e in solved._explored.items() if best]
+    other = solved.pinned({"tensor": 2})
+    other.plans()
+    [second] = [e for best, e in other._explored.items() if best]
+    fixed = other.pinned({"remat": "full"})
+    space, strategy = solved.space, fixed.strategy
+    rounds = space.rounds(strategy, solved.cluster)
+    ways, own = space.pipelines(strategy), []
+    for known in (first.known, second.known):
+        taken = Known(strategy, ways, rounds, known)
+        each = [taken.floor_s(s, ((),), 0) for s in structures(strategy)]
+        own.append(np.array(each))
+    assert (own[1] >= own[0] * (1 - 1e-12)).all()
+    assert (own[1] > own[0]).any()
+
+
+def test_a_search_cut_short_says_what_is_left(solved):
+    """Of a time limit nothing is guessed: the first structure is priced."""
+    limited = Solver(
+        solved.fn,
+        solved.args,
+        solved.cluster,
+        solved.strategy,
+        space=solved.space,
+        time_limit_s=0,
+    )
+    limited.plans()
+    pinned = limited.pinned({"tensor": 2})
+    [plan] = pinned.plans()
+    assert not plan.certificate.complete
+    assert plan.certificate.lower_bound_s <= plan.predicted.step_s
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0, 1.01])
