@@ -83,7 +83,7 @@ core: $(VENV)/.test ## the tests of the core layers only
 
 .PHONY: clients
 clients: $(CLIENTS_VENV)/.clients ## plan and run programs that other people wrote
-	$(CLIENTS_VENV)/bin/pytest tests/clients
+	$(CLIENTS_VENV)/bin/pytest $(PARALLEL) tests/clients
 
 .PHONY: full
 full: check $(VENV)/.test ## all checks, tests, slow ones too, notebooks, demo
