@@ -190,6 +190,8 @@ def explore(
         try:
             return explore(everything, strategy, cluster, best=best, known=known)
         except KeyboardInterrupt:
+            if not any(len(group.sizes) for group in groups):
+                raise
             why, left = "interrupted", whole
     return Explored(
         groups=tuple(groups),

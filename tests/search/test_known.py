@@ -190,3 +190,29 @@ def test_a_guess_that_is_too_low_changes_nothing(share):
     # Priced among others, the last digit may be another one.
     np.testing.assert_allclose(*both, rtol=1e-12)
     assert found.lower_bound_s == pytest.approx(expected.lower_bound_s, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_what_was_found_under_a_guess_outlives_an_interruption(share, monkeypatch):
+    there = cluster("cpu:8")
+    space = Solver(STEP, (BATCH,), there, STRATEGY).space
+    best_s = explore(space, STRATEGY, there, best=4).ranked[0][0]
+    own, passes = space.priced, []
+
+    def interrupted(*args, **options):
+        passes.append(1)
+        if len(passes) > 1:
+            raise KeyboardInterrupt
+        return own(*args, **options)
+
+    monkeypatch.setattr(space, "priced", interrupted)
+    guess_s = share * best_s * (1 + 1e-9)
+    if not share:  # nothing was found by then
+        with pytest.raises(KeyboardInterrupt):
+            explore(space, STRATEGY, there, best=10_000, guess_s=guess_s)
+        return
+    found = explore(space, STRATEGY, there, best=10_000, guess_s=guess_s)
+    assert len(passes) == 2
+    assert (found.why, found.left > 0) == ("interrupted", True)
+    assert found.ranked[0][0] == pytest.approx(best_s, rel=1e-12)
+    assert found.lower_bound_s <= best_s
