@@ -8,7 +8,7 @@ how state is stored share a bound. What storage moves of state is found apart.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,8 +98,39 @@ def held_bytes(pricer: Pricer, meshes: Meshes, cuts: Vector) -> dict[str, Table]
     return {kind: np.stack([part[kind] for part in each]) for kind in each[0]}
 
 
+def moved_bytes(
+    pricer: Pricer, meshes: Meshes, cuts: Vector, kinds: Iterable[str]
+) -> dict[str, Table]:
+    """Bytes of a step between a chip and its host, were some kinds of state offloaded.
+
+    Args:
+        pricer: Of the layout.
+        meshes: The candidates.
+        cuts: float64[candidate]; microbatches.
+        kinds: Which.
+
+    Returns:
+        By kind, in the forward passes, the backward passes and the update, all blocks
+        on every chip, float64[3, candidate].
+    """
+    found: dict[str, Table] = {}
+    for kind in kinds:
+        held = pricer.liveness.held(kind, meshes, cuts)
+        once = held.bytes_.sum(axis=0)
+        none = np.zeros(len(meshes))
+        if kind == "activations":
+            rows = [once * cuts, once * cuts, none]
+        elif kind == "params":
+            passes = (held.forward, held.backward)
+            rows = [*(cuts * each.sum(axis=0) for each in passes), once]
+        else:
+            rows = [none, none, once]
+        found[kind] = np.stack(rows)
+    return found
+
+
 def with_host_s(
-    pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector, offload: Offload
+    meshes: Meshes, rest: Vector, moved: Mapping[str, Table], offload: Offload
 ) -> Vector:
     """Seconds of a step at least, all blocks on every chip, with what is offloaded.
 
@@ -108,22 +139,14 @@ def with_host_s(
     takes no less than it takes its state to come in.
 
     Args:
-        pricer: Of the layout.
         meshes: The candidates.
-        cuts: float64[candidate]; microbatches.
         rest: The last of `rest_s`.
+        moved: From `moved_bytes`.
         offload: What is in the host's memory.
     """
-    held = {kind: pricer.liveness.held(kind, meshes, cuts) for kind in offload}
-    nothing = np.zeros(len(meshes))
-
-    def bytes_of(kind: str, field: str) -> Vector:
-        return getattr(held[kind], field).sum(axis=0) if kind in held else nothing
-
-    kept = bytes_of("activations", "bytes_") * cuts
-    forward = np.maximum(bytes_of("params", "forward") * cuts, kept)
-    backward = bytes_of("params", "backward") * cuts + kept
-    update = bytes_of("params", "bytes_") + bytes_of("optimizer", "bytes_")
+    each = [moved[kind] for kind in offload]
+    forward = np.max([own[0] for own in each], axis=0)
+    backward, update = sum(own[1] for own in each), sum(own[2] for own in each)
     rate = meshes.cluster.host_bytes_per_s
     return np.maximum(rest, (forward + backward) / rate) + update / rate
 
@@ -167,15 +190,35 @@ def _blocks_within(limit: float | Vector, whole: Vector, blocks: float) -> Vecto
     return np.where(each > 0, found, np.where(spare >= 0, blocks, 0.0))
 
 
+def waits(meshes: Meshes, cuts: Vector, pipelines: Sequence[Pipeline]) -> Table:
+    """Other microbatches that wait in stages, float64[pipeline, place, candidate].
+
+    The places are the first stage, those between, of which none has fewer than here,
+    and the last.
+
+    Args:
+        meshes: The candidates.
+        cuts: float64[candidate]; microbatches.
+        pipelines: How stages may take turns.
+    """
+    counts = meshes.product(STAGE)
+    found = np.zeros((len(pipelines), 3, len(meshes)))
+    for own, how in zip(found, pipelines, strict=True):
+        # A cut that is fixed may have more blocks in later stages.
+        second = counts - 1 if how.blocks else 1 + 0 * counts
+        for k, at in enumerate((0 * counts, second, counts - 1)):
+            own[k] = waiting(how, at, counts, cuts)
+    return found
+
+
 def room(
     pricer: Pricer,
     meshes: Meshes,
-    cuts: Vector,
-    pipelines: Sequence[Pipeline],
+    waits: Table,
     alive: Table,
     held: Table,
     limit_bytes: float | Vector,
-    most: Sequence[Vector] = (),
+    most: Table | None = None,
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Whether chips may be large enough, bool[candidate].
 
@@ -186,32 +229,23 @@ def room(
     Args:
         pricer: Of one layout with the rules.
         meshes: The candidates.
-        cuts: float64[candidate]; microbatches.
-        pipelines: How stages may take turns; without any, `stage` is an axis like any
+        waits: From the function; of no pipeline where `stage` is an axis like any
             other.
         alive: From `alive_bytes`.
         held: From `held_bytes`.
         limit_bytes: Of a chip's memory.
-        most: Blocks that a stage may have at most, for each pipeline.
+        most: Blocks that a stage may have at most, float64[pipeline, candidate].
     """
     counts, blocks = meshes.product(STAGE), float(pricer.work.segments.blocks)
     whole, of_blocks, stash = alive
     one = held[0] + whole <= limit_bytes
-    if not pipelines or (counts == 1).all():
+    if not len(waits) or (counts == 1).all():
         return one
-    found = np.zeros(len(meshes), dtype=bool)
-    for k, how in enumerate(pipelines):
-
-        def rooms(at: Vector, how: Pipeline = how, k: int = k) -> Vector:
-            own = held[1] + of_blocks + waiting(how, at, counts, cuts) * stash
-            own = _blocks_within(limit_bytes, own, blocks)
-            return np.minimum(own, most[k]) if most else own
-
-        last = rooms(counts - 1)
-        # A cut that is fixed may have more blocks in later stages.
-        between = last if how.blocks else rooms(1 + 0 * counts)
-        all_stages = rooms(0 * counts) + (counts - 2) * between + last
-        found |= all_stages >= blocks
+    rooms = _blocks_within(limit_bytes, held[1] + of_blocks + waits * stash, blocks)
+    if most is not None:
+        rooms = np.minimum(rooms, most[:, None])
+    all_stages = rooms[:, 0] + (counts - 2) * rooms[:, 1] + rooms[:, 2]
+    found = (all_stages >= blocks).any(axis=0)
     # The fullest stage has no less of all state than the average one.
     return np.where(counts > 1, found & (held[0] / counts <= limit_bytes), one)
 

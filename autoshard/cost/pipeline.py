@@ -5,6 +5,7 @@ Closed forms, one set for runs given by numbers and for traced programs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +66,28 @@ def bubble_share(
     1.0
     """
     names = np.asarray(schedule)
-    least = np.select([names == "zb-h1", names == "zb-1p"], [1 / 3, 0.3], zero_bubble)
+    if names.ndim:
+        figures = stages, microbatches, np.full(1, zero_bubble)
+        return _each_schedule(bubble_share, names, *figures)
+    schedule = str(names)
+    if not schedule.startswith("zb"):
+        return np.ones(np.broadcast_shapes(np.shape(stages), np.shape(microbatches)))
+    least = {"zb-h1": 1 / 3, "zb-1p": 0.3}.get(schedule, zero_bubble)
     others = np.asarray(stages) - 1
     early = 2 * others - np.asarray(microbatches) / 2 + 1
-    share = np.maximum(least, early / np.maximum(3 * others, 1.0))
-    return np.where(np.char.startswith(names, "zb"), share, 1.0)
+    return np.maximum(least, early / np.maximum(3 * others, 1.0))
+
+
+def _each_schedule(
+    formula: Callable[..., Vector], names: np.ndarray[Any, Any], *figures: Figures
+) -> Vector:
+    """A formula of one schedule for runs of several."""
+    names, *each = np.broadcast_arrays(names, *figures)
+    found = np.empty(names.shape)
+    for name in np.unique(names).tolist():
+        of = names == name
+        found[of] = formula(name, *(figure[of] for figure in each))
+    return found
 
 
 def in_flight(
@@ -91,20 +109,24 @@ def in_flight(
     >>> [float(in_flight("1f1b", 4.0, float(at), 1.0, 8.0)) for at in range(4)]
     [4.0, 3.0, 2.0, 1.0]
     """
-    names, count = np.asarray(schedule), np.asarray(stages)
-    parts = np.asarray(virtual)
-    plain = count - at
-    # Warm-up of Megatron's interleaved schedule, in parts of a stage (Korthikanti et
-    # al. 2022, arXiv:2205.05198, section 4.2.3, for the first stage).
-    warm = 2 * (count - at - 1) + (parts - 1) * count + 1
-    plain = np.where((parts > 1) & (count > 1), warm / parts, plain)
-    # Zero-bubble schedules let every stage hold as much as 1F1B's first, or twice
-    # (Qi et al. 2024, arXiv:2401.10241, section 4).
-    even = np.isin(names, ["zb-h1", "zb-1p"])
-    plain = np.where(even, count, plain)
-    plain = np.where(np.isin(names, ["zb-2p", "zb-h2"]), 2 * count, plain)
-    plain = np.where(names == "gpipe", microbatches, plain)
-    return np.minimum(plain, microbatches)
+    names = np.asarray(schedule)
+    if names.ndim:
+        return _each_schedule(in_flight, names, stages, at, virtual, microbatches)
+    schedule, count, parts = str(names), np.asarray(stages), np.asarray(virtual)
+    if schedule == "gpipe":
+        held = np.asarray(microbatches)
+    elif schedule in ("zb-h1", "zb-1p"):
+        # Zero-bubble schedules let every stage hold as much as 1F1B's first, or twice
+        # (Qi et al. 2024, arXiv:2401.10241, section 4).
+        held = count
+    elif schedule in ("zb-2p", "zb-h2"):
+        held = 2 * count
+    else:
+        # Warm-up of Megatron's interleaved schedule, in parts of a stage (Korthikanti
+        # et al. 2022, arXiv:2205.05198, section 4.2.3, for the first stage).
+        warm = 2 * (count - at - 1) + (parts - 1) * count + 1
+        held = np.where((parts > 1) & (count > 1), warm / parts, count - at)
+    return np.minimum(held, microbatches)
 
 
 def balanced(

@@ -6,14 +6,14 @@ What no structure of some rules and schedule is below is found once for all of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from autoshard.cost import Pricer, floors
-from autoshard.cost.collectives import Meshes
+from autoshard.cost.collectives import Meshes, Rows
 from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.stages import STAGE, Table
@@ -44,6 +44,14 @@ class Wanted:
     bytes_: float | Vector
     step_s: float | Vector
 
+    def of(self, rows: np.ndarray) -> Wanted:
+        """The same of some of the candidates."""
+        bytes_, step_s = (
+            each if np.ndim(each) == 0 else np.asarray(each)[rows]
+            for each in (self.bytes_, self.step_s)
+        )
+        return replace(self, bytes_=bytes_, step_s=step_s)
+
 
 @dataclass(frozen=True)
 class Floors:
@@ -53,10 +61,18 @@ class Floors:
         of_step: From `floors.rest_s`, float64[3, candidate].
         alive: From `floors.alive_bytes`, with what is kept for the backward pass on the
             chip, and without it: float64[2, 3, candidate].
+        moved: From `floors.moved_bytes` of activations, float64[3, candidate]; zero
+            where none are offloaded.
     """
 
     of_step: Table
     alive: Table
+    moved: Table
+
+    def take(self, rows: np.ndarray) -> Floors:
+        """Those of some of the candidates."""
+        tables = self.of_step, self.alive, self.moved
+        return Floors(*(table[..., rows] for table in tables))
 
     @staticmethod
     def of(
@@ -64,7 +80,9 @@ class Floors:
     ) -> Floors:
         """Finds them, with any layout of the rules."""
         return Floors(
-            floors.rest_s(pricer, meshes, cuts), _alive(pricer, meshes, cuts, offloads)
+            floors.rest_s(pricer, meshes, cuts),
+            _alive(pricer, meshes, cuts, offloads),
+            _moved(pricer, meshes, cuts, offloads),
         )
 
 
@@ -76,6 +94,18 @@ def _alive(
         return np.stack([on_chip, on_chip])
     moved = floors.alive_bytes(pricer, meshes, cuts, offloaded=True)
     return np.stack([on_chip, moved])
+
+
+def _moved(
+    pricer: Pricer, meshes: Meshes, cuts: Vector, offloads: Sequence[Offload]
+) -> Table:
+    if not any("activations" in offload for offload in offloads):
+        return np.zeros((3, len(meshes)))
+
+    def moved(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
+        return floors.moved_bytes(pricer, part, cuts, ["activations"])["activations"]
+
+    return pricer.apart(meshes, cuts, moved)
 
 
 def floor_s(
@@ -99,29 +129,72 @@ def floor_s(
         found: Bounds of its rules and schedule.
         wanted: What is asked.
     """
-    meshes, hows = placing.meshes(sizes), wanted.pipelines
-    counts = meshes.product(STAGE) if hows else np.ones(len(meshes))
-    *of_step, rest = found.of_step
+    *_, rest = found.of_step
     step_s = _moving_s(pricer, placing, sizes, cuts, rest, wanted)
-    asked = meshes, cuts, hows
-    most = _most(pricer, *asked, np.stack(of_step), wanted.step_s)
-    least_s, nothing = np.full(len(meshes), np.inf), np.zeros((2, len(meshes)))
+    # What is too slow whatever fits need not be held against memory.
+    near = np.flatnonzero(step_s <= wanted.step_s)
+    if len(near):
+        given = cuts[near], found.take(near), step_s[near], wanted.of(near)
+        step_s[near] = _fitting_s(pricer, placing.meshes(sizes[near]), *given)
+    return step_s
+
+
+def _fitting_s(
+    pricer: Pricer,
+    meshes: Meshes,
+    cuts: Vector,
+    found: Floors,
+    step_s: Vector,
+    wanted: Wanted,
+) -> Vector:
+    """The same of candidates that take so long whatever fits."""
+    hows = wanted.pipelines
+    *of_step, rest = found.of_step
+    most = _most(pricer, meshes, cuts, hows, np.stack(of_step), wanted.step_s)
     states = floors.held_bytes(pricer, meshes, cuts)
+    kinds = {kind for offload in wanted.offloads for kind in offload}
+    moved = floors.moved_bytes(pricer, meshes, cuts, kinds - {"activations"})
+    moved["activations"] = found.moved
+    counts = meshes.product(STAGE) if hows else np.ones(len(meshes))
+
+    waits = floors.waits(meshes, cuts, hows)
+
+    def fits(
+        offload: Iterable[str], rows: np.ndarray, most: Table | None = None
+    ) -> np.ndarray:
+        if not len(rows):
+            return np.full(0, True)
+        alive = found.alive[int("activations" in offload)][:, rows]
+        held = [own[:, rows] for kind, own in states.items() if kind not in offload]
+        own = waits[..., rows], alive, sum(held, np.zeros((2, len(rows))))
+        more = wanted.of(rows).bytes_, most if most is None else most[:, rows]
+        return floors.room(pricer, meshes.take(rows), *own, *more)
+
+    least_s = np.full(len(meshes), np.inf)
+    left = np.arange(len(meshes))
+    if kinds:
+        left = left[fits(kinds, left)]
     for offload in wanted.offloads:
-        alive = found.alive[int("activations" in offload)]
-        held = sum(
-            (own for kind, own in states.items() if kind not in offload), nothing
-        )
-        bound = step_s
+        if not len(left):
+            break
+        bound_s = step_s[left]
         if offload:
-            host_s = floors.with_host_s(pricer, meshes, cuts, rest, offload)
+            host_s = floors.with_host_s(meshes, rest, moved, offload)
             # All stages together are busy that long.
-            bound = np.maximum(step_s, host_s / counts)
-        small = floors.room(pricer, *asked, alive, held, wanted.bytes_)
+            bound_s = np.maximum(bound_s, (host_s / counts)[left])
+        limit_s = wanted.of(left).step_s
+        near = bound_s <= limit_s
+        rows = left[near]
+        small = fits(offload, rows)
         if hows:
-            soon = floors.room(pricer, *asked, alive, held, wanted.bytes_, most)
-            bound = np.where(soon, bound, np.maximum(bound, _above(wanted.step_s)))
-        least_s = np.where(small, np.minimum(least_s, bound), least_s)
+            soon = np.copy(small)
+            soon[small] = fits(offload, rows[small], most)
+            slow_s = np.maximum(bound_s, _above(limit_s))[near]
+            bound_s[near] = np.where(soon, bound_s[near], slow_s)
+        bound_s[near] = np.where(small, bound_s[near], np.inf)
+        least_s[left] = np.minimum(least_s[left], bound_s)
+        # What fits as it is has nothing to gain from more that is offloaded.
+        left = left[least_s[left] > step_s[left]]
     return least_s
 
 
@@ -168,11 +241,12 @@ def _most(
     pipelines: Sequence[Pipeline],
     of_step: Table,
     limit_s: float | Vector,
-) -> list[Vector]:
-    return [
+) -> Table:
+    each = [
         floors.most_blocks(pricer, meshes, cuts, how, of_step, limit_s)
         for how in pipelines
     ]
+    return np.array(each).reshape(len(each), len(meshes))
 
 
 class RuleBounds:
@@ -189,7 +263,9 @@ class RuleBounds:
         count = len(grid)
         self._known = np.zeros(count, dtype=bool)
         self._floor_s = np.full(count, np.nan)
-        self._found = Floors(np.zeros((3, count)), np.zeros((2, 3, count)))
+        self._found = Floors(
+            np.zeros((3, count)), np.zeros((2, 3, count)), np.zeros((3, count))
+        )
 
     def find(
         self, pricer: Pricer, placing: Placing, rows: np.ndarray, wanted: Wanted
@@ -216,18 +292,20 @@ class RuleBounds:
         alive = _alive(pricer, meshes, cuts, wanted.offloads)
         self._found.alive[:, :, rows] = alive
         nothing, hows = np.zeros((2, len(rows))), wanted.pipelines
-        asked = meshes, cuts, hows, alive[-1], nothing, wanted.bytes_
-        small = floors.room(pricer, *asked)
+        waits = floors.waits(meshes, cuts, hows)
+        own = waits, alive[-1], nothing, wanted.bytes_
+        small = floors.room(pricer, meshes, *own)
         self._floor_s[rows] = np.inf
         rows = rows[small]
         meshes, cuts = placing.meshes(self.grid[rows]), self.cuts[rows]
         of_step = floors.rest_s(pricer, meshes, cuts)
         self._found.of_step[:, rows] = of_step
+        self._found.moved[:, rows] = _moved(pricer, meshes, cuts, wanted.offloads)
         floor_s = floors.in_stages(pricer, meshes, cuts, of_step[0], hows)
         most = _most(pricer, meshes, cuts, hows, of_step[:2], wanted.step_s)
-        asked = meshes, cuts, hows, alive[-1][:, small], nothing[:, small]
         if hows:
-            soon = floors.room(pricer, *asked, wanted.bytes_, most)
+            own = waits[..., small], alive[-1][:, small], nothing[:, small]
+            soon = floors.room(pricer, meshes, *own, wanted.bytes_, most)
             floor_s = np.where(
                 soon, floor_s, np.maximum(floor_s, _above(wanted.step_s))
             )
@@ -247,5 +325,4 @@ class RuleBounds:
 
     def floors(self, rows: np.ndarray) -> Floors:
         """The bounds of some candidates."""
-        of_step, alive = self._found.of_step, self._found.alive
-        return Floors(of_step[:, rows], alive[:, :, rows])
+        return self._found.take(rows)

@@ -76,18 +76,19 @@ def test_stages_have_room_where_some_cut_of_them_fits(schedule, seed):
     held[0] = 0.0  # of what belongs to no block
     limit = rng.uniform(1, 4, 60)
     most = rng.integers(1, BLOCKS + 1, 60).astype(float)
-    given = pricer, meshes, pieces, [how], alive, held, limit
-    found = floors.room(*given), floors.room(*given, [most])
+    waits = floors.waits(meshes, pieces, [how])
+    given = pricer, meshes, waits, alive, held, limit
+    found = floors.room(*given), floors.room(*given, most[None])
     wrong = 0
     for k, count in enumerate(stages):
         fits, soon = False, False
         for cut in cuts_of(BLOCKS, count):
             # The stages between the ends hold what the first of them does.
             at = [0, *[1] * (count - 2), count - 1]
-            waits = [waiting(how, *map(np.array, (a, count, pieces[k]))) for a in at]
+            waited = [waiting(how, *map(np.array, (a, count, pieces[k]))) for a in at]
             largest = max(
                 own / BLOCKS * (held[1, k] + alive[1, k] + wait * alive[2, k])
-                for own, wait in zip(cut, waits, strict=True)
+                for own, wait in zip(cut, waited, strict=True)
             )
             fits |= bool(largest <= limit[k])
             soon |= bool(largest <= limit[k] and max(cut) <= most[k])

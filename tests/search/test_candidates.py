@@ -97,7 +97,7 @@ def check_bounds(model, storage, chips, monkeypatch):
                     offloads=(prices.offload,),
                     **dict(zip(OWN, own, strict=True)),
                 )
-                some = Floors(found.of_step[:, here], found.alive[:, :, here])
+                some = found.take(here)
                 least_s = bound_of(pricer, placing, sizes[here], cuts[here], some, own)
                 assert (least_s <= own.step_s).all(), (prices.offload, turns)
                 assert (family_s[here] <= own.step_s).all(), (prices.offload, turns)
