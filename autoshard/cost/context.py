@@ -33,6 +33,8 @@ from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
 
 ALL_GATHER, RING, ULYSSES, USP = "all_gather", "ring", "ulysses", "usp"
+FREE = "free"
+"""No kind, but what none of them is below: nothing is sent, and nothing more held."""
 _AT, _BEFORE, _BEHIND = (AXES.index(a) for a in ("context", "expert", "tensor"))
 
 LocalBytes = Callable[[int, frozenset[str], Meshes, Vector], Vector]
@@ -127,7 +129,7 @@ class Context:
         Args:
             sizes: int64[mesh, axis] in the order of `AXES`.
         """
-        found = np.zeros(len(sizes), dtype=bool)
+        found = np.full(len(sizes), self.kind == FREE)
         for degree in self._degrees(sizes):
             found |= self._can(sizes, degree)
         return found | (sizes[:, _AT] == 1)
@@ -145,7 +147,7 @@ class Context:
             yield np.ones_like(context)
         elif self.kind == ULYSSES:
             yield context
-        else:
+        elif self.kind == USP:
             fewest, _ = self.heads_and_axes
             ways = [n for n in range(2, fewest + 1) if fewest % n == 0]
             for degree in [self.heads] if self.heads else ways:
@@ -269,9 +271,9 @@ class Context:
                 kind = "activations"
                 return Buffer(side.value, side.spec, *ends, kind, CONTEXT, alike=alike)
 
-            if self.kind != RING:
+            if self.kind in (ULYSSES, USP):
                 found += [held(s, s.first, s.last) for s in one.exchanged]
-            if self.kind != ULYSSES:
+            if self.kind in (RING, USP):
                 last = max(one.ops, key=lambda op: self._work.at[op])
                 first = min(one.ops, key=lambda op: self._work.at[op])
                 found += [held(s, first, last) for s in (*one.keys, *one.sums)] * 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from autoshard.cost.attention import in_parts, passes_of
 from autoshard.cost.collectives import Meshes, Rows, Vector, scattered, taken
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
-from autoshard.cost.context import ALL_GATHER, Context, Transfer
+from autoshard.cost.context import ALL_GATHER, FREE, Context, Transfer
 from autoshard.cost.liveness import Liveness
 from autoshard.cost.moves import (
     Step,
@@ -110,9 +111,7 @@ class Pricer:
         self._along: dict[frozenset[str], Pricer] = {}
         self._gathering: Pricer | None = None
         self.prefetched, self.trailing = moves_of_state(sharded, work, self.moves)
-        self.liveness = Liveness(
-            sharded, work, self.moves, self.local_bytes, self.context.buffers()
-        )
+        self.liveness = self._find_liveness()
 
     def with_context(self, kind: str, heads: int = 0) -> Pricer:
         """What prices the same program with another kind of attention.
@@ -121,14 +120,32 @@ class Pricer:
             kind: See `autoshard.cost.context`.
             heads: Devices that share heads under `usp`, 0 for the fastest number.
         """
+        gathering = self._gathering or self
         if kind == ALL_GATHER:
-            return self
+            return gathering
+        free = gathering._free
+        if kind == FREE:
+            return free
+        # All but what attention sends, and holds for it, is the same for all kinds.
+        found = copy(free)
+        found._along = {}
+        passes = free.context.passes
+        found.context = Context(kind, heads, passes, self.work, self.local_bytes)
+        found.liveness = found._find_liveness()
+        return found
+
+    @cached_property
+    def _free(self) -> Pricer:
         passes = passes_of(self.sharded)
-        context = Context(kind, heads, passes, self.work, self.local_bytes)
+        context = Context(FREE, 0, passes, self.work, self.local_bytes)
         parted = in_parts(self.sharded, passes)
         found = Pricer(parted, self.work, self.constants, context)
         found._gathering = self
         return found
+
+    def _find_liveness(self) -> Liveness:
+        own = self.sharded, self.work, self.moves, self.local_bytes
+        return Liveness(*own, self.context.buffers())
 
     @cached_property
     def compute(self) -> Compute:

@@ -28,14 +28,13 @@ from autoshard.plan.cluster import Cluster
 from autoshard.plan.strategy import Schedule, Strategy
 from autoshard.search import space
 from autoshard.search.alike import Alike
-from autoshard.search.bounds import RuleBounds, Wanted, floor_s
-from autoshard.search.divisible import divisible
 from autoshard.search.known import Known, as_priced
 from autoshard.search.offloads import offloads
 from autoshard.search.placing import Placing
 from autoshard.search.priced import STAGE, Candidates, price
 from autoshard.search.propagated import Propagated
 from autoshard.search.reading import Sketch, cuts_traced, fixed_sizes
+from autoshard.search.sieve import Sieve
 from autoshard.search.staging import staged_as_can_be
 from autoshard.search.watch import Watch
 
@@ -311,10 +310,12 @@ class Space:
         bounded = watch.best is not None
         open_ = Placing.of(strategy, cluster, grid)
         required = not strategy.schedule.remat_is_open
-        batch, hows = self.batch(), self.pipelines(strategy)
-        propagated, alike = self._propagated, Alike(grid)
-        family: Any = None
-        bounds, first = RuleBounds(grid, cuts, batch), strategy
+        hows, propagated, alike = (
+            self.pipelines(strategy),
+            self._propagated,
+            Alike(grid),
+        )
+        sieve = Sieve(propagated, grid, cuts, self.batch(), hows, watch, known, number)
         for structure in space.structures(strategy, keep):
             watch.visited += 1
             if hows and grid[0, STAGE] > 1 and parts_of(structure.schedule.remat):
@@ -326,40 +327,13 @@ class Space:
                 continue
             new = alike.distinct(structure, sketch.names)
             sets = self.offloads(strategy, cluster, sketch, structure.schedule.remat)
-            of = structure, sets, number
-            if bounded and (structure.rules, structure.schedule) != family:
-                family = structure.rules, structure.schedule
-                first = structure
-                bounds = RuleBounds(grid, cuts, batch)
-                known.note_rules(*of, bounds.every_s)
             watch.alike += int((~new).sum())
             here = np.flatnonzero(new)
-            if bounded and len(here):
-                before_s = known.floor_s(*of)
-                if before_s is not None:
-                    here = here[watch.lets(before_s[here])]
-                wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
-                for active, rows in propagated.parts(first, sketch, grid, here):
-                    pricer = propagated.pricer(first, sketch, active)
-                    bounds.find(pricer, placing, rows, wanted)
-                here = here[watch.lets(bounds.floor_s(here))]
-            if not len(here):
-                continue
-            parts = []
-            for active, rows in propagated.parts(structure, sketch, grid, here):
-                pricer = propagated.pricer(structure, sketch, active)
-                fits = divisible(pricer, grid[rows], cuts[rows], batch)
-                watch.indivisible += int((~fits).sum())
-                for pricer, at in propagated.as_divided(
-                    structure, sketch, active, grid, rows[fits]
-                ):
-                    if bounded:
-                        wanted = Wanted(hows, sets, watch.bytes_, watch.step_s)
-                        own = grid[at], cuts[at].astype(float), bounds.floors(at)
-                        floors_s = floor_s(pricer, placing, *own, wanted)
-                        known.note(*of, at, floors_s)
-                        at = at[watch.lets(floors_s)]
-                    parts.append((pricer, at))
+            if len(space.context_kinds(strategy, structure.rules)) > 1:
+                here = sieve.whatever_kind(structure, sketch, open_, sets, here)
+            parts = sieve.parts(structure, sketch, placing, sets, here)
+            if not len(here) or (bounded and not any(len(at) for _, at in parts)):
+                continue  # of what does not divide is said why
             whole = partial(propagated.pricer, structure, sketch)
             found = price(
                 whole,
@@ -374,7 +348,8 @@ class Space:
             )
             watch.saw(found.sizes, found.step_s, found.peak_bytes)
             if bounded:
-                at = np.concatenate([here[:0], *(at for _, at in parts)])
+                at = np.concatenate([at for _, at in parts])
                 asked = grid[at], cuts[at], watch.step_s, watch.bytes_
-                known.note(*of, at, as_priced(found, *asked))
+                priced_s = as_priced(found, *asked)
+                known.note(structure, sets, number, at, priced_s)
             yield found

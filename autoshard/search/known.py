@@ -6,11 +6,12 @@ space only what is between the old best and the new one has to be looked at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from autoshard.cost.context import FREE
 from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
 from autoshard.ir.mesh import AXES
@@ -85,7 +86,7 @@ class Known:
         found: Vector | None = None
         for earlier, places in self._places:
             own = places[begin:end]
-            for key in (_family(structure), _key(structure)):
+            for key in _bounding(structure):
                 if not earlier._offloads.get(key, frozenset()).issuperset(offloads):
                     continue
                 whole = np.zeros(len(earlier._rows) + 1)  # the last for those not there
@@ -148,6 +149,15 @@ def _family(structure: Strategy) -> tuple[object, ...]:
 def _key(structure: Strategy) -> tuple[object, ...]:
     """What tells a structure from others, whatever fills the holes that are left."""
     return (*_family(structure), structure.storage)
+
+
+def _bounding(structure: Strategy) -> Iterator[tuple[object, ...]]:
+    """What bounds of a structure are noted under."""
+    for kind in (structure.schedule.context_kind, FREE):
+        update = {"context_kind": kind}
+        schedule = structure.schedule.model_copy(update=update)
+        some = structure.model_copy(update={"schedule": schedule})
+        yield from (_family(some), _key(some))
 
 
 def _places(rows: Rows, among: Rows) -> Rows:

@@ -40,11 +40,7 @@ class Propagated:
         kind = structure.schedule.context_kind
         if kind == ALL_GATHER:
             return True
-        key = (structure.schedule.remat, structure.rules)
-        if key not in self._attending:
-            attends = bool(self.pricer(structure, sketch).context.passes)
-            self._attending[key] = attends
-        if self._attending[key]:
+        if self.passes(structure, sketch):
             return True
         if asked.schedule.context_kind == "auto":
             return False
@@ -55,6 +51,19 @@ class Propagated:
             'run on a part of the queries each. Add `seq = ["context"]` to [rules] '
             "if it is missing there, or drop context_kind."
         )
+
+    def passes(self, structure: Strategy, sketch: Sketch) -> bool:
+        """Whether there are passes of attention over a sequence in parts.
+
+        Args:
+            structure: With another kind of attention than `all_gather`.
+            sketch: Its program.
+        """
+        key = (structure.schedule.remat, structure.rules)
+        if key not in self._attending:
+            attends = bool(self.pricer(structure, sketch).context.passes)
+            self._attending[key] = attends
+        return self._attending[key]
 
     def parts(
         self, structure: Strategy, sketch: Sketch, grid: np.ndarray, rows: np.ndarray

@@ -136,7 +136,7 @@ CONTEXT_KINDS = get_args(ContextKind)
 """What attention may do with a sequence in parts, what can be run first."""
 
 
-def _context_kinds(
+def context_kinds(
     strategy: Strategy, rules: Iterable[Rule]
 ) -> tuple[ContextKind | Auto, ...]:
     """Kinds of attention to try; more than one only where a sequence is in parts.
@@ -217,7 +217,7 @@ def structures(strategy: Strategy, keep: Strategy | None = None) -> Iterator[Str
         )
         if not _sensible(strategy.rules, rules, dict(strategy.mesh), dict(kept)):
             continue
-        kinds = _context_kinds(strategy, rules)
+        kinds = context_kinds(strategy, rules)
         # Those of the same rules and schedule come one after the other: they share
         # bounds.
         for remat, kind in itertools.product(remats, kinds):

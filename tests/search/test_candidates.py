@@ -10,13 +10,14 @@ import pytest
 from helpers.equality import abstract_batch, make_step
 
 from autoshard.cost import Wish, floors
+from autoshard.cost.context import ALL_GATHER, FREE
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
-from autoshard.search import bounds, candidates
-from autoshard.search.bounds import Floors
+from autoshard.search import bounds, sieve
 from autoshard.search.candidates import Space
 from autoshard.search.pinning import with_pins
+from autoshard.search.space import CONTEXT_KINDS
 from autoshard.search.watch import Watch
 
 PINS = {
@@ -25,6 +26,7 @@ PINS = {
 }
 
 
+CONTEXT = AXES.index("context")
 OWN = ("bytes_", "step_s")
 EVERY = 7
 """Of how many structures one is compared, for each set of what may be offloaded: others
@@ -37,9 +39,12 @@ STORED = [
     # The update then moves what other storage leaves where it is.
     ("gpt2-tiny", {"storage.gradients": "context+data"}),
     ("llama3-tiny", {"storage.optimizer": "fsdp+data"}),
+    ("llama3-tiny", {"context_kind": "auto"}),
 ]
 CHIPS = ("h100:8", "v5e:2x4", "cpu:8")
-AT_ONCE = [(*STORED[0], "cpu:8"), (*STORED[3], "v5e:2x4")]
+AT_ONCE = [
+    (*STORED[0], "cpu:8"), (*STORED[3], "v5e:2x4"), (*STORED[4], "v5e:2x4"),
+]  # fmt: skip
 AT_LENGTH = [
     case
     for case in ((*stored, chips) for stored in STORED for chips in CHIPS)
@@ -58,17 +63,32 @@ def test_no_candidate_is_below_its_bounds_at_length(model, storage, chips, monke
     check_bounds(model, storage, chips, monkeypatch)
 
 
+def prices_of(pricer, there, sizes, cuts, wish, at, orders):
+    """What candidates cost; where the bound is of all kinds of attention, with each."""
+    kinds = CONTEXT_KINDS if pricer.context.kind == FREE else (pricer.context.kind,)
+    for kind in kinds:
+        own, rows, order = pricer.with_context(kind), at, orders
+        if kind != ALL_GATHER:
+            # Where the sequence is whole there is one kind.
+            rows = at[own.context.divides(sizes[at]) & (sizes[at, CONTEXT] > 1)]
+            order = None
+        if len(rows):
+            for prices in own.price_all(there, sizes[rows], cuts[rows], wish, order):
+                yield kind, prices, rows
+
+
 def check_bounds(model, storage, chips, monkeypatch):
     there = cluster(chips)
     step = make_step(model, scan=True)
     pins = {**PINS[model], "rules.heads": "tensor", "offload": "auto", **storage}
     strategy = with_pins(load_strategy("auto"), pins)
     space = Space(step, (abstract_batch(),), lambda _: None, strategy)
+    kinds = len(CONTEXT_KINDS) if "context_kind" in storage else 1
     bound_of, compared, tried, calls = bounds.floor_s, [], set(), itertools.count()
 
     def checked(pricer, placing, sizes, cuts, found, wanted):
         hows = wanted.pipelines
-        if next(calls) % (EVERY * len(wanted.offloads)):
+        if next(calls) % (EVERY * len(wanted.offloads) * kinds):
             return bound_of(pricer, placing, sizes, cuts, found, wanted)
         free = placing.meshes(sizes), cuts
         family_s = floors.in_stages(pricer, *free, found.of_step[0], hows)
@@ -84,10 +104,10 @@ def check_bounds(model, storage, chips, monkeypatch):
                     np.tile(np.arange(len(AXES)), (len(at), 1)), axis=1
                 )
             wish = Wish(turns, wanted.offloads)
-            given = there, sizes[at], cuts[at], wish, orders
-            for prices in pricer.price_all(*given):
-                valid = prices.cut.valid if several else np.ones(len(at), dtype=bool)
-                here = at[valid]
+            given = there, sizes, cuts, wish, at, orders
+            for kind, prices, of in prices_of(pricer, *given):
+                valid = prices.cut.valid if several else np.ones(len(of), dtype=bool)
+                here = of[valid]
                 own = (
                     x[valid] * (1 + 1e-12) for x in (prices.peak_bytes, prices.step_s)
                 )
@@ -102,13 +122,13 @@ def check_bounds(model, storage, chips, monkeypatch):
                 assert (least_s <= own.step_s).all(), (prices.offload, turns)
                 assert (family_s[here] <= own.step_s).all(), (prices.offload, turns)
                 compared.append(len(here))
-                tried.add(prices.offload)
+                tried.add((kind, prices.offload))
         return bound_of(pricer, placing, sizes, cuts, found, wanted)
 
-    monkeypatch.setattr(candidates, "floor_s", checked)
+    monkeypatch.setattr(sieve, "floor_s", checked)
     # Nothing is left out, so that all are compared.
     monkeypatch.setattr(Watch, "lets", lambda _, floor_s: ~np.isnan(floor_s))
     groups = space.priced(strategy, there, watch=Watch(1, there.hbm_bytes))
     assert list(groups)
     assert sum(compared) > 300
-    assert len(tried) == (8 if there.kind == "gpu" else 1)
+    assert len(tried) == kinds * (8 if there.kind == "gpu" else 1)
