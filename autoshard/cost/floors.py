@@ -19,8 +19,8 @@ from autoshard.cost.overlap import exposed_s, least_s
 from autoshard.cost.pipeline import Pipeline, bubble_share
 from autoshard.cost.price import Pricer
 from autoshard.cost.rates import Rates
-from autoshard.cost.segments import BLOCK
-from autoshard.cost.stages import PLACES, STAGE, Table, sent_s, waiting
+from autoshard.cost.segments import ALL, BLOCK, BOTH, EMBED, HEAD
+from autoshard.cost.stages import PLACES, STAGE, Table, cuttable, sent_s, waiting
 from autoshard.plan.sharded import OUTPUT
 
 _TINY = np.finfo(float).tiny
@@ -140,7 +140,7 @@ def with_host_s(
 
     Args:
         meshes: The candidates.
-        rest: The last of `rest_s`.
+        rest: As in `stored_s`.
         moved: From `moved_bytes`.
         offload: What is in the host's memory.
     """
@@ -171,7 +171,7 @@ def most_blocks(
         meshes: The candidates.
         cuts: float64[candidate]; microbatches.
         how: How stages take turns.
-        of_step: W and B from `rest_s`.
+        of_step: W and B, float64[2, candidate].
         limit_s: What a step may take.
     """
     whole, of_blocks = of_step
@@ -260,20 +260,19 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
         cuts: float64[candidate]; microbatches.
 
     Returns:
-        Of all of a step; of what of that blocks compute; and of what it computes that
-        storage has no part in, to which what is moved comes: float64[3, candidate].
+        Of all of a step; of what it computes that storage has no part in, to which what
+        is moved comes; and of its kernels by place: float64[2 + PLACES, candidate].
     """
 
     def floor(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
         rates = Rates.of(part.cluster, pricer.constants)
-        of_blocks, rest, between = np.zeros((3, len(part)))
-        places = pricer.work.segments.of_op
+        rest, between = np.zeros((2, len(part)))
+        kernels, places = np.zeros((PLACES, len(part))), pricer.work.segments.of_op
         attention = [np.zeros(len(part)) for _ in pricer.context.passes]
         for time in pricer.compute.times(part, cuts, rates, update=False):
             # Weights may be read in another precision, or made of state elsewhere.
             rest += time.least_s
-            if places[time.kernel.op] == BLOCK:
-                of_blocks += time.least_s
+            kernels[places[time.kernel.op]] += time.least_s
             if time.kernel.op in pricer.context.of_op:
                 attention[pricer.context.of_op[time.kernel.op]] += time.total_s
         for each in pricer.context.transfers(part, cuts, attention)[0]:
@@ -289,7 +288,7 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
         none = np.zeros(len(part))
         kind, constants = part.cluster.kind, pricer.constants
         whole = rest + exposed_s(kind, constants, none, none, none, between)
-        return np.stack([whole, of_blocks, rest])
+        return np.stack([whole, rest, *kernels])
 
     return pricer.apart(meshes, cuts, floor)
 
@@ -301,7 +300,7 @@ def stored_s(pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector) -> Vect
         pricer: Of the layout.
         meshes: As in `rest_s`.
         cuts: As in `rest_s`.
-        rest: The last of `rest_s`.
+        rest: Seconds in which a chip computes, at least.
     """
 
     def moved(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
@@ -314,23 +313,38 @@ def stored_s(pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector) -> Vect
     return least_s(kind, constants, rest + shown, ahead, after)
 
 
+def summed_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
+    """Seconds in sums of gradients over microbatches, float64[place, candidate].
+
+    Args:
+        pricer: Of the layout.
+        meshes: As in `rest_s`.
+        cuts: As in `rest_s`.
+    """
+    rates = Rates.of(meshes.cluster, pricer.constants)
+    return pricer.summed_s(meshes, cuts, rates)
+
+
 def in_stages(
     pricer: Pricer,
     meshes: Meshes,
     cuts: Vector,
     whole: Vector,
+    kernels: Table,
     pipelines: Sequence[Pipeline],
 ) -> Vector:
     """A bound on a step whose blocks are spread over stages.
 
-    The slowest stage takes no less than the average one, waits for the others as its
-    schedule lets it, and has what it makes sent on.
+    The slowest stage takes no less than the average one, nor than its kernels do where
+    whole blocks are spread best; it waits for the others as its schedule lets it, and
+    has what it makes sent on.
 
     Args:
         pricer: Of one layout with the rules.
         meshes: As in `rest_s`.
         cuts: As in `rest_s`.
         whole: Seconds at least with all blocks on every chip.
+        kernels: Of these, what kernels take, float64[place, candidate].
         pipelines: How stages may take turns; without any, `stage` is an axis like any
             other.
     """
@@ -339,12 +353,50 @@ def in_stages(
     if not pipelines or not several.any():
         return whole
     sent = pricer.apart(meshes, cuts, lambda by, part, own, _: by.sent_bytes(part, own))
-    zero_bubble = constants["pipeline.zero_bubble"]
-    found = np.full(len(meshes), np.inf)
+    zero_bubble, blocks = constants["pipeline.zero_bubble"], pricer.work.segments.blocks
+    everywhere = (stages - 1) * kernels[ALL]
+    found = np.full(len(meshes), np.finfo(float).max)
     for how in pipelines:
+        at_ends = how.vocab != "spread"
+        busy = whole + everywhere + (kernels[BOTH] if at_ends else 0.0)
+        slowest = busy / stages
+        if not how.blocks:
+            least = _slowest_s(kernels, stages, float(blocks), at_ends=at_ends)
+            slowest = np.maximum(slowest, least)
         wait = bubble_share(how.schedule, stages, cuts, zero_bubble) / how.virtual
-        busy = whole / stages * (1 + wait * (stages - 1) / cuts)
+        step = slowest + wait * np.maximum(busy - slowest, 0.0) / cuts
         # What both ends have is not counted: it may be nothing.
-        hops = sent_s(how, meshes, cuts, sent, np.zeros(1), constants)
-        found = np.minimum(found, busy + hops)
+        step += sent_s(how, meshes, cuts, sent, np.zeros(1), constants)
+        can = cuttable(how, blocks, stages, cuts)
+        found = np.where(can, np.minimum(found, step), found)
     return np.where(several, found, whole)
+
+
+def _slowest_s(
+    kernels: Table, stages: Vector, blocks: float, *, at_ends: bool
+) -> Vector:
+    """Seconds of the slowest stage at least, which has whole blocks.
+
+    With no more than m of L blocks of b seconds in any of the p - 2 stages inside, the
+    two others have the rest, and the ends of the program, of E seconds: one of these
+    takes (E + (L - (p - 2) m) b) / 2. As m rises, m b does, and that falls; the least
+    of the larger one is where they meet, at m = (E + L b) / p b, or at a whole number
+    beside.
+
+    Args:
+        kernels: float64[place, candidate].
+        stages: p.
+        blocks: L.
+        at_ends: Whether the ends are in the first and in the last stage, not in all.
+    """
+    block = kernels[BLOCK] / blocks
+    ends = kernels[EMBED] + kernels[HEAD] + kernels[BOTH]
+    if not at_ends:
+        full = np.ceil(blocks / stages * (1 - _ROUNDING)) * block
+        return full + ends / stages + kernels[ALL]
+    ends = ends + kernels[BOTH]
+    meet = (ends / np.maximum(block, _TINY) + blocks) / stages
+    few, many = np.floor(meet * (1 + _ROUNDING)), np.ceil(meet * (1 - _ROUNDING))
+    outside = (ends + (blocks - (stages - 2) * few) * block) / 2
+    least = np.where(stages > 2, np.minimum(many * block, outside), 0.0)
+    return np.where(block > 0, least, 0.0) + kernels[ALL]

@@ -673,16 +673,20 @@ class Pricer:
                 forward[place] += time.total_s
             if time.kernel.op in of_op:
                 attention[of_op[time.kernel.op]] += time.total_s
-        # Microbatches: read the sum, read the new gradient, write the sum.
-        for value in self._gradient_leaves():
-            size = self.local_bytes(
-                value, axes_of(self.sharded.specs[value]), meshes, np.ones(1)
-            )
-            moved = 3 * size / rates.hbm_bytes_per_s
-            moved = moved * self.work.alike[value]
-            place = places.of_value[value]
-            other[place] += np.where(cuts > 1, cuts * moved, 0.0)
+        other += self.summed_s(meshes, cuts, rates)
         return Kernels(matmul, other, forward, update, tuple(attention))
+
+    def summed_s(self, meshes: Meshes, cuts: Vector, rates: Rates) -> Table:
+        """Seconds in sums of gradients over microbatches, float64[place, candidate]."""
+        found = np.zeros((PLACES, len(meshes)))
+        # The sum is read, the new gradient is read, the sum is written.
+        passes = np.where(cuts > 1, 3 * cuts / rates.hbm_bytes_per_s, 0.0)
+        for value in self._gradient_leaves():
+            axes = axes_of(self.sharded.specs[value])
+            size = self.local_bytes(value, axes, meshes, np.ones(1))
+            place = self.work.segments.of_value[value]
+            found[place] += size * self.work.alike[value] * passes
+        return found
 
     def _gradient_leaves(self) -> list[int]:
         return [

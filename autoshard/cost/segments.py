@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from autoshard.cost.block_passes import (
+    NOTHING_REPEATS,
+    BlockPass,
+    Copies,
+    copies_of_blocks,
+)
+from autoshard.ir.fold import Folded, unfolded
 from autoshard.ir.program import LINK, Op, Program
 from autoshard.ir.trace import Traced
 from autoshard.plan.sharded import DimClasses
@@ -49,13 +56,16 @@ class Segments:
 UNCUT = Segments(1, np.zeros(0, int), np.zeros(0, int), why="it was not looked at")
 
 
-def segments(traced: Traced, classes: DimClasses, work: Work) -> Segments:
+def segments(
+    traced: Traced, classes: DimClasses, work: Work, folded: Folded | None = None
+) -> Segments:
     """Finds the blocks of a program, and what lies around them.
 
     Args:
         traced: The program, traced without microbatches.
         classes: Its dim classes.
         work: Its facts.
+        folded: How it came of a deeper one, if it did.
 
     >>> import jax, jax.numpy as jnp
     >>> from autoshard.cost.work import analyse
@@ -67,7 +77,7 @@ def segments(traced: Traced, classes: DimClasses, work: Work) -> Segments:
     >>> analyse(traced, find_classes(traced)).segments.blocks
     6
     """
-    return _Finder(traced, classes, work).found()
+    return _Finder(traced, classes, work, folded or unfolded(traced)).found()
 
 
 @dataclass
@@ -75,38 +85,37 @@ class _Finder:
     traced: Traced
     classes: DimClasses
     work: Work
+    folded: Folded
     program: Program = field(init=False)
 
     def __post_init__(self) -> None:
         self.program = self.traced.program
         self.top = self._top_regions()
+        self.used: dict[int, list[int]] = {}
+        for op in self.program.ops:
+            for v in op.inputs:
+                self.used.setdefault(v, []).append(op.index)
 
     def found(self) -> Segments:
+        chains: list[Copies] = []
         loops, why = self._loops()
+        if why == NOTHING_REPEATS:
+            chains, why = copies_of_blocks(self.folded, self.work)
         if why:
             ops, values = len(self.program.ops), len(self.program.values)
             return Segments(1, np.full(ops, BLOCK), np.full(values, BLOCK), why=why)
+        own = self.program, self.work
+        passes = [BlockPass.of_loop(*own, self.top, loop) for loop in loops]
+        passes += [BlockPass.of_copies(*own, chain) for chain in chains]
+        passes.sort(key=lambda one: one.first)
+        forward, backward = passes[0], passes[-1]
         stacked = self._stacked(loops)
-        of_op = self._ops(loops, stacked)
-        of_value = self._values(loops, stacked, of_op)
-        order = sorted(loops, key=lambda r: self._span(r)[0])
-        forward, backward = order[0], order[-1]
-        sent = tuple(
-            op.inputs[0]
-            for op in self.program.ops
-            if op.primitive == LINK
-            and op.params["kind"] == "carry_in"
-            and self.program.values[op.outputs[0]].region == forward
-            and op.inputs[0] >= 0
-            and self.work.batched[op.inputs[0]]
-        )
+        of_op = self._ops(passes, stacked)
+        of_value = self._values(loops, passes, stacked, of_op)
         stashed: frozenset[int] = frozenset()
-        if len(order) > 1:
-            turn = self._span(forward)[1], self._span(backward)[0]
-            stashed = frozenset(self._stashed(*turn))
-        return Segments(
-            self.program.regions[forward].trips, of_op, of_value, stashed, sent
-        )
+        if len(passes) > 1:
+            stashed = frozenset(self._stashed(forward.last, backward.first))
+        return Segments(forward.blocks, of_op, of_value, stashed, forward.sent)
 
     # -- loops -------------------------------------------------------------------
 
@@ -117,15 +126,6 @@ class _Finder:
             outer = region.parent
             found.append(index if outer <= 0 else found[outer])
         return found
-
-    def _span(self, loop: int) -> tuple[int, int]:
-        """First and last position in the order of execution of a loop's ops."""
-        at = [
-            self.work.at[op.index]
-            for op in self.program.ops
-            if self.top[op.region] == loop
-        ]
-        return min(at), max(at)
 
     def _loops(self) -> tuple[list[int], str]:
         """The outermost loops over blocks: forward ones take slices of parameters."""
@@ -151,7 +151,7 @@ class _Finder:
         sliced = {r for r in sliced if r > 0 and program.regions[r].trips > 1}
         trips = {program.regions[r].trips for r in sliced if r in working}
         if not trips:
-            return [], "no block repeats in it"
+            return [], NOTHING_REPEATS
         if len(trips) > 1:
             kinds = " and ".join(map(str, sorted(trips)))
             return [], f"it has loops of {kinds} blocks, and stages are cut from one"
@@ -198,30 +198,33 @@ class _Finder:
 
     # -- ops ---------------------------------------------------------------------
 
-    def _ops(self, loops: list[int], stacked: set[int]) -> np.ndarray:
+    def _ops(self, passes: list[BlockPass], stacked: set[int]) -> np.ndarray:
         program, update = self.program, self.work.update
         found = np.full(len(program.ops), -1)
         for op in program.ops:
-            of_blocks = not stacked.isdisjoint(self.classes.of_factor[op.index])
-            if self.top[op.region] in loops or of_blocks:
+            if not stacked.isdisjoint(self.classes.of_factor[op.index]):
                 found[op.index] = BLOCK
+        for one in passes:
+            found[sorted(one.ops)] = BLOCK
+        for op in program.ops:
+            if found[op.index] < 0 and not update[op.index]:
+                # What hands on the gradients of copies of blocks is not among these.
+                of = {program.values[v].producer for v in op.inputs if v >= 0}
+                hands_on = self.work.gradients.issuperset(op.outputs)
+                if hands_on and of and all(i >= 0 and found[i] == BLOCK for i in of):
+                    found[op.index] = BLOCK
         made: dict[int, list[int]] = {}
-        used: dict[int, list[int]] = {}
         for op in program.ops:
             for v in op.outputs:
                 made.setdefault(v, []).append(op.index)
-            for v in op.inputs:
-                used.setdefault(v, []).append(op.index)
-        first = min(self._span(r)[0] for r in loops)
-        last = max(self._span(r)[1] for r in loops)
+        first, last = passes[0].first, max(one.last for one in passes)
         inside = [op.index for op in program.ops if found[op.index] == BLOCK]
         # What the first loop is made from, and what is made from the last one's ends.
         before = self._reached(
             [i for i in inside if self.work.at[i] >= first], made, back=True
         )
-        backward = sorted(loops, key=lambda r: self._span(r)[0])[1:]
-        ends = [i for i in inside if self.top[program.ops[i].region] in backward]
-        after = self._reached(ends, used, back=False)
+        ends = sorted(set().union(*(one.ops for one in passes[1:])))
+        after = self._reached(ends, self.used, back=False)
         for op in program.ops:
             if found[op.index] >= 0 or update[op.index]:
                 continue
@@ -303,14 +306,19 @@ class _Finder:
     # -- values ------------------------------------------------------------------
 
     def _values(
-        self, loops: list[int], stacked: set[int], of_op: np.ndarray
+        self,
+        loops: list[int],
+        passes: list[BlockPass],
+        stacked: set[int],
+        of_op: np.ndarray,
     ) -> np.ndarray:
-        program = self.program
+        program, copies = self.program, passes[0].copies
         found = np.full(len(program.values), ALL)
         for value in program.values:
             if self.top[value.region] in loops:
                 continue  # of one block at a time
-            if not stacked.isdisjoint(self.classes.of_value[value.index]):
+            of_blocks = not stacked.isdisjoint(self.classes.of_value[value.index])
+            if of_blocks or (copies and self._of_each(value.index, passes, of_op)):
                 found[value.index] = BLOCK
             elif value.producer >= 0 and of_op[value.producer] != BLOCK:
                 found[value.index] = of_op[value.producer]
@@ -332,6 +340,21 @@ class _Finder:
                 # Optimizer state is where the update that reads it is.
                 found[v] = _joined(readers.get(v, set()) - {ALL})
         return found
+
+    def _of_each(self, v: int, passes: list[BlockPass], of_op: np.ndarray) -> bool:
+        """Whether every copy of the blocks has such a value, all at the same time.
+
+        A later pass needs it, or what follows the passes; else it is of one block at a
+        time.
+        """
+        producer = self.program.values[v].producer
+        own = [one for one in passes if producer in one.ops or v in one.entered]
+        if not own:
+            return producer >= 0 and of_op[producer] == BLOCK
+        inside = own[0].ops
+        return any(
+            of_op[user] == BLOCK and user not in inside for user in self.used.get(v, ())
+        )
 
     def _stashed(self, forward_ends: int, backward_begins: int) -> Iterator[int]:
         """Values that are alive from the forward loop to the backward one."""

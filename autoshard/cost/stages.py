@@ -124,6 +124,25 @@ class Cut:
         return blocks_of_stages(blocks, stages, first, last, self.pipeline.virtual)
 
 
+def cuttable(
+    pipeline: Pipeline, blocks: int, counts: Vector, cuts: Vector
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Whether there are blocks for all parts, and microbatches that they can take.
+
+    Args:
+        pipeline: How the stages take turns.
+        blocks: Of the program.
+        counts: Stages, float64[candidate].
+        cuts: Microbatches, float64[candidate].
+    """
+    found = counts * pipeline.virtual <= blocks
+    if pipeline.schedule == "interleaved":
+        # Microbatches pass in groups of as many as there are stages (Narayanan et al.
+        # 2021, section 2.2).
+        found &= cuts % counts == 0
+    return found
+
+
 def cut(
     pipeline: Pipeline, blocks: int, parts: Parts, counts: Vector, cuts: Vector
 ) -> Cut:
@@ -140,11 +159,7 @@ def cut(
     spread = pipeline.vocab == "spread"
     nothing = np.zeros(len(counts))
     stages = counts.astype(np.int64)
-    valid = stages * pipeline.virtual <= blocks
-    if pipeline.schedule == "interleaved":
-        # Microbatches pass in groups of as many as there are stages (Narayanan et al.
-        # 2021, section 2.2).
-        valid &= cuts % counts == 0
+    valid = cuttable(pipeline, blocks, counts, cuts)
 
     def stage(at: Vector, held: Any, ends: tuple[int, ...], exists: Any) -> Stage:
         share = np.zeros((PLACES, len(counts)))

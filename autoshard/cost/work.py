@@ -115,7 +115,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
         amid=frozenset(at[op] for op in folded.amid),
         inner={at[op]: at[to] for op, to in folded.inner.items()},
     )
-    return replace(work, segments=segments(traced, classes, work))
+    return replace(work, segments=segments(traced, classes, work, folded))
 
 
 def materialised(

@@ -16,7 +16,8 @@ from autoshard.cost import Pricer, floors
 from autoshard.cost.collectives import Meshes, Rows
 from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
-from autoshard.cost.stages import STAGE, Table
+from autoshard.cost.segments import BLOCK
+from autoshard.cost.stages import PLACES, STAGE, Table
 from autoshard.search.divisible import batch_divides, divide_alike
 from autoshard.search.placing import Placing
 
@@ -58,7 +59,7 @@ class Floors:
     """Bounds of some candidates, whatever their storage.
 
     Attributes:
-        of_step: From `floors.rest_s`, float64[3, candidate].
+        of_step: From `floors.rest_s`.
         alive: From `floors.alive_bytes`, with what is kept for the backward pass on the
             chip, and without it: float64[2, 3, candidate].
         moved: From `floors.moved_bytes` of activations, float64[3, candidate]; zero
@@ -129,8 +130,7 @@ def floor_s(
         found: Bounds of its rules and schedule.
         wanted: What is asked.
     """
-    *_, rest = found.of_step
-    step_s = _moving_s(pricer, placing, sizes, cuts, rest, wanted)
+    step_s = _moving_s(pricer, placing, sizes, cuts, found.of_step[1:], wanted)
     # What is too slow whatever fits need not be held against memory.
     near = np.flatnonzero(step_s <= wanted.step_s)
     if len(near):
@@ -149,8 +149,8 @@ def _fitting_s(
 ) -> Vector:
     """The same of candidates that take so long whatever fits."""
     hows = wanted.pipelines
-    *of_step, rest = found.of_step
-    most = _most(pricer, meshes, cuts, hows, np.stack(of_step), wanted.step_s)
+    rest = found.of_step[1]
+    most = _most(pricer, meshes, cuts, hows, found.of_step, wanted.step_s)
     states = floors.held_bytes(pricer, meshes, cuts)
     kinds = {kind for offload in wanted.offloads for kind in offload}
     moved = floors.moved_bytes(pricer, meshes, cuts, kinds - {"activations"})
@@ -203,14 +203,17 @@ def _moving_s(
     placing: Placing,
     sizes: np.ndarray,
     cuts: Vector,
-    rest: Vector,
+    computed: Table,
     wanted: Wanted,
 ) -> Vector:
     """The same, whatever fits."""
+    summed = floors.summed_s(pricer, placing.meshes(sizes), cuts)
+    rest, kernels = computed[0] + summed.sum(axis=0), computed[1:] + summed
 
     def bound(meshes: Meshes, rows: Any) -> Vector:
-        stored_s = floors.stored_s(pricer, meshes, cuts[rows], rest[rows])
-        return floors.in_stages(pricer, meshes, cuts[rows], stored_s, wanted.pipelines)
+        own = pricer, meshes, cuts[rows]
+        stored_s = floors.stored_s(*own, rest[rows])
+        return floors.in_stages(*own, stored_s, kernels[:, rows], wanted.pipelines)
 
     every = slice(None)
     if placing.anywhere is None:
@@ -242,8 +245,9 @@ def _most(
     of_step: Table,
     limit_s: float | Vector,
 ) -> Table:
+    both = np.stack([of_step[0], of_step[2:][BLOCK]])
     each = [
-        floors.most_blocks(pricer, meshes, cuts, how, of_step, limit_s)
+        floors.most_blocks(pricer, meshes, cuts, how, both, limit_s)
         for how in pipelines
     ]
     return np.array(each).reshape(len(each), len(meshes))
@@ -264,7 +268,9 @@ class RuleBounds:
         self._known = np.zeros(count, dtype=bool)
         self._floor_s = np.full(count, np.nan)
         self._found = Floors(
-            np.zeros((3, count)), np.zeros((2, 3, count)), np.zeros((3, count))
+            np.zeros((2 + PLACES, count)),
+            np.zeros((2, 3, count)),
+            np.zeros((3, count)),
         )
 
     def find(
@@ -301,8 +307,9 @@ class RuleBounds:
         of_step = floors.rest_s(pricer, meshes, cuts)
         self._found.of_step[:, rows] = of_step
         self._found.moved[:, rows] = _moved(pricer, meshes, cuts, wanted.offloads)
-        floor_s = floors.in_stages(pricer, meshes, cuts, of_step[0], hows)
-        most = _most(pricer, meshes, cuts, hows, of_step[:2], wanted.step_s)
+        own = of_step[0], of_step[2:], hows
+        floor_s = floors.in_stages(pricer, meshes, cuts, *own)
+        most = _most(pricer, meshes, cuts, hows, of_step, wanted.step_s)
         if hows:
             own = waits[..., small], alive[-1][:, small], nothing[:, small]
             soon = floors.room(pricer, meshes, *own, wanted.bytes_, most)

@@ -1,5 +1,7 @@
 """Where the parts of a program belong, against what is known of the models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,16 @@ import optax
 import pytest
 
 import autoshard as ash
-from autoshard import api
+from autoshard import api, models
+from autoshard.cost import Pricer
+from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.segments import ALL, BLOCK, BOTH, EMBED, HEAD
+from autoshard.ir.mesh import AXES
 from autoshard.plan.schema import ModelRef
+from autoshard.plan.sharded import Layout
+from autoshard.propagate import propagate
+from autoshard.search import space
+from autoshard.search.pinning import with_pins
 from autoshard.search.reading import Sketch
 
 BATCH, SEQ = 8, 32
@@ -91,6 +100,124 @@ def test_full_remat_stashes_one_residual_a_block():
     (sent,) = segments.sent
     kept = [values[v].shape for v in segments.stashed if segments.of_value[v] == BLOCK]
     assert kept == [(segments.blocks, *values[sent].shape)]
+
+
+# -- blocks that are copies of one another, against the same in a loop ----------------
+
+
+def decoder(name, layers, remat, *, scan, whole=False):
+    config = dataclasses.replace(models.get(name), layers=layers, scan_layers=scan)
+    step = ash.train_step(
+        models.next_token_loss,
+        optax.adamw(1e-3),
+        model=lambda rngs: models.build(config, rngs),
+    ).with_schedule(microbatches=1, remat=remat)
+    leaf = jax.ShapeDtypeStruct((BATCH, SEQ), jnp.int32)
+    batch = {"tokens": leaf, "targets": leaf}
+    read = Sketch.of_whole if whole else Sketch.of
+    return read(step, (batch,), api.load_strategy("auto")).shallow
+
+
+def totals(shallow):
+    """Work of products, what is kept for the backward pass, state: by place."""
+    program, work = shallow.traced.program, shallow.work
+    places, values = work.segments, program.values
+    flops, kept, state = np.zeros((3, 5))
+    for op, rule in zip(program.ops, shallow.classes.rules, strict=True):
+        if rule.op_kind == "matmul":
+            flops[places.of_op[op.index]] += work.runs[op.index] * work.flops[op.index]
+    for v in places.stashed:
+        if work.materialised[v]:
+            kept[places.of_value[v]] += values[v].bytes_ * work.alike[v]
+    for v in program.inputs:
+        state[places.of_value[v]] += values[v].bytes_ * work.alike[v]
+    sent = [values[v].shape for v in places.sent]
+    return places.blocks, sent, flops, kept[BLOCK], state
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "remat", "whole"),
+    [
+        ("llama3-tiny", 4, "none", False),
+        ("llama3-tiny", 4, "full", False),
+        ("gpt2-tiny", 5, "dots", False),
+        # Few of many copies are traced, or all of them and then left out.
+        ("llama3-tiny", 30, "full", False),
+        ("gpt2-tiny", 30, "none", True),
+    ],
+)
+def test_copies_of_blocks_are_cut_like_the_runs_of_a_loop(name, layers, remat, whole):
+    loop = totals(decoder(name, layers, remat, scan=True))
+    copies = totals(decoder(name, layers, remat, scan=False, whole=whole))
+    assert loop[:2] == copies[:2]
+    assert loop[0] == layers
+    (flops, kept, state), (own_flops, own_kept, own_state) = loop[2:], copies[2:]
+    np.testing.assert_array_equal(own_flops, flops)
+    np.testing.assert_array_equal(own_state, state)
+    # A loop stacks of all runs what copies do not keep of the first or last one.
+    np.testing.assert_allclose(own_kept, kept, rtol=0.005)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("cuts", [1, 8])
+def test_stages_of_copies_cost_what_those_of_a_loop_do(stages, cuts):
+    """They do the same work, but a loop slices and stacks what copies have at hand."""
+    found = []
+    for scan in (True, False):
+        left = decoder("llama3-tiny", 4, "none", scan=scan)
+        pins = {"rules.vocab": "none", "rules.seq.residual": "none"}
+        strategy = with_pins(api.load_strategy("auto"), pins)
+        layout = Layout.of(next(space.structures(strategy)))
+        pricer = Pricer(propagate(left.traced, left.classes, layout), left.work)
+        one = np.ones((1, len(AXES)), dtype=np.int64)
+        several = np.where(np.array(AXES) == "stage", stages, one)
+        chips, pieces = api.cluster("h100:8"), np.full(1, float(cuts))
+        (cut,) = pricer.price_stages(chips, several, pieces, [Pipeline("1f1b")])
+        found.append((cut, pricer.price(chips, one, pieces)))
+    (loop, whole_loop), (copies, whole_copies) = found
+    assert copies.cut.blocks_of(0, 4, stages) == loop.cut.blocks_of(0, 4, stages)
+    np.testing.assert_allclose(copies.matmul_s, loop.matmul_s, rtol=0.1)
+    np.testing.assert_allclose(copies.step_s, loop.step_s, rtol=0.15)
+    shares = [
+        (own.peak_bytes / whole.peak_bytes).item()
+        for own, whole in ((copies, whole_copies), (loop, whole_loop))
+    ]
+    assert shares[0] == pytest.approx(shares[1], rel=0.15)
+
+
+def chained(kinds):
+    """A loss of blocks one after the other, of several kinds."""
+
+    def block(kind, w, x):
+        return jnp.tanh(x @ w) if kind == "a" else x + jnp.sin(x @ w) @ w.T
+
+    def loss(params, x):
+        first, *blocks = params
+        x = x @ first
+        for kind, w in zip(kinds, blocks, strict=True):
+            x = block(kind, w, x)
+        return (x**2).mean()
+
+    return ash.train_step(
+        loss, optax.sgd(0.1), model=lambda key: [jnp.ones((8, 8)) for _ in "x" + kinds]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "blocks", "why"),
+    [
+        ("aaaaaa", 6, ""),
+        ("abababab", 4, ""),  # every other layer is another: pairs are cut
+        ("ab", 1, "no block repeats"),
+        ("aaaabbbbbb", 1, "repeat 4 and 6 times"),
+    ],
+)
+def test_copies_of_several_kinds(kinds, blocks, why):
+    batch = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    sketch = Sketch.of(chained(kinds), (batch,), api.load_strategy("auto"))
+    found = sketch.shallow.work.segments
+    assert found.blocks == blocks
+    assert why in found.why if why else not found.why
 
 
 def scanned(*depths):

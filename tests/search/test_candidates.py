@@ -26,6 +26,8 @@ PINS = {
 }
 
 
+# Where nothing else is said, there is one kind of attention.
+OPEN = {"offload": "auto", "context_kind": ALL_GATHER}
 CONTEXT = AXES.index("context")
 OWN = ("bytes_", "step_s")
 EVERY = 7
@@ -80,7 +82,7 @@ def prices_of(pricer, there, sizes, cuts, wish, at, orders):
 def check_bounds(model, storage, chips, monkeypatch):
     there = cluster(chips)
     step = make_step(model, scan=True)
-    pins = {**PINS[model], "rules.heads": "tensor", "offload": "auto", **storage}
+    pins = {**PINS[model], "rules.heads": "tensor", **OPEN, **storage}
     strategy = with_pins(load_strategy("auto"), pins)
     space = Space(step, (abstract_batch(),), lambda _: None, strategy)
     kinds = len(CONTEXT_KINDS) if "context_kind" in storage else 1
@@ -91,7 +93,9 @@ def check_bounds(model, storage, chips, monkeypatch):
         if next(calls) % (EVERY * len(wanted.offloads) * kinds):
             return bound_of(pricer, placing, sizes, cuts, found, wanted)
         free = placing.meshes(sizes), cuts
-        family_s = floors.in_stages(pricer, *free, found.of_step[0], hows)
+        family_s = floors.in_stages(
+            pricer, *free, found.of_step[0], found.of_step[2:], hows
+        )
         rng = np.random.default_rng(len(compared))
         for several in (False, True):
             at = np.flatnonzero((sizes[:, 0] > 1) == several)

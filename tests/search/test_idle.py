@@ -100,6 +100,7 @@ def compared(everything, strategy, chips, every=1):
                         getattr(a, part),
                         getattr(b, part),
                         rtol=1e-9,
+                        atol=1e-15,  # differences of what is nearly equal
                         err_msg=f"{part}, idle {sorted(idle)}: {structure!r}",
                     )
                 meshes = Meshes(chips, sizes)
