@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from autoshard.ir.build import is_transposed
 from autoshard.ir.fold import Folded
 from autoshard.ir.program import LINK, Program
 
@@ -39,6 +40,10 @@ class BlockPass:
     copies: bool
     sent: tuple[int, ...]
     entered: frozenset[int] = frozenset()
+
+    def is_backward(self, program: Program) -> bool:
+        """Whether gradients are made in it."""
+        return any(is_transposed(program.ops[i]) for i in self.ops)
 
     @staticmethod
     def of_loop(

@@ -101,13 +101,17 @@ class _Finder:
         loops, why = self._loops()
         if why == NOTHING_REPEATS:
             chains, why = copies_of_blocks(self.folded, self.work)
-        if why:
-            ops, values = len(self.program.ops), len(self.program.values)
-            return Segments(1, np.full(ops, BLOCK), np.full(values, BLOCK), why=why)
         own = self.program, self.work
         passes = [BlockPass.of_loop(*own, self.top, loop) for loop in loops]
         passes += [BlockPass.of_copies(*own, chain) for chain in chains]
         passes.sort(key=lambda one: one.first)
+        stacks = [one for one in passes if not one.is_backward(self.program)]
+        if len(stacks) > 1:
+            why = f"it has {len(stacks)} stacks of {stacks[0].blocks} blocks"
+            why += ", and stages are cut from one"
+        if why:
+            ops, values = len(self.program.ops), len(self.program.values)
+            return Segments(1, np.full(ops, BLOCK), np.full(values, BLOCK), why=why)
         forward, backward = passes[0], passes[-1]
         stacked = self._stacked(loops)
         of_op = self._ops(passes, stacked)

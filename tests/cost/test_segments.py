@@ -209,7 +209,7 @@ def chained(kinds):
         ("aaaaaa", 6, ""),
         ("abababab", 4, ""),  # every other layer is another: pairs are cut
         ("ab", 1, "no block repeats"),
-        ("aaaabbbbbb", 1, "repeat 4 and 6 times"),
+        ("aaaabbbbbb", 1, "repeat 4 and 5 and 6 times"),
     ],
 )
 def test_copies_of_several_kinds(kinds, blocks, why):
@@ -233,7 +233,12 @@ def scanned(*depths):
 
 @pytest.mark.parametrize(
     ("depths", "blocks", "why"),
-    [((6,), 6, ""), ((1,), 1, "no block repeats"), ((3, 5), 1, "loops of 3 and 5")],
+    [
+        ((6,), 6, ""),
+        ((1,), 1, "no block repeats"),
+        ((3, 5), 1, "loops of 3 and 5"),
+        ((4, 4), 1, "2 stacks of 4 blocks"),  # an encoder and a decoder
+    ],
 )
 def test_why_a_program_cannot_be_cut(depths, blocks, why):
     batch = jax.ShapeDtypeStruct((4, 8), jnp.float32)

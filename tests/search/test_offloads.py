@@ -203,10 +203,12 @@ def test_blocks_in_a_loop_can_offload_what_they_keep():
     assert plan.predicted.memory.host.activations == 4 * rows * 16 * 4
 
 
-def test_what_to_offload_is_searched_where_asked():
-    fixed = load_strategy("auto")
+def test_what_to_offload_is_searched_where_nothing_is_fixed():
+    schedule = load_strategy("auto").schedule
+    assert (schedule.offload, schedule.context_kind) == ("auto", "auto")
+    assert load_strategy("fsdp").schedule.offload == ()
+    fixed = with_pins(load_strategy("auto"), {"offload": "none"})
     assert fixed.schedule.offload == ()
-    assert with_pins(fixed, {"offload": "auto"}).schedule.offload == "auto"
 
 
 def test_a_state_is_named_once():
