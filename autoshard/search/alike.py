@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -48,8 +49,10 @@ def felt(
     Where state is stored depends on which of its dims are taken. An update runs as its
     optimizer state is stored, if there is any that has the axes of what it meets; else
     it hangs on what else is stored. A rule gives way where the user fixed one of its
-    axes himself; and gradients of what he placed are stored so if any are. That nothing
-    else is felt, random programs show (tests/search/test_solver.py).
+    axes himself; and gradients of what he placed are stored so if any are. Of dims of
+    one value that an axis is for, one gets it: where a rule names others beside it, sums
+    there differ. That nothing else is felt, random programs show
+    (tests/search/test_solver.py).
 
     Args:
         structure: Rules and storage.
@@ -68,6 +71,9 @@ def felt(
     )
     if not params <= optimizer and storage.params:
         found.add(tuple(storage.params))
+    several = [axes for rule in structure.rules if len(axes := rule.axes) > 1]
+    named = Counter(axis for rule in structure.rules for axis in rule.axes)
+    found |= {(axis,) for axes in several for axis in axes if named[axis] > 1}
     found |= {
         (axis,) for dims in fixed.dims.values() for dim in dims for axis in dim or ()
     }

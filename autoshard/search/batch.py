@@ -72,6 +72,8 @@ class Batch:
         watch: What is not wanted, and where it is counted.
         known: What they cost with something else there, for each pipeline; of the cuts
             only those that are valid are wanted.
+        limit_s: Seconds a step that they must stay within; by default as the watch has
+            it.
     """
 
     def __init__(
@@ -85,11 +87,13 @@ class Batch:
         placing: Placing,
         watch: Watch,
         known: Sequence[Prices] = (),
+        limit_s: float = float("inf"),
     ) -> None:
         self.pricer, self.cluster = pricer, cluster
         self.sizes, self.cuts = sizes, cuts
         self.placing, self.watch, self.known = placing, watch, known
-        self.wish = Wish(pipelines, offloads, watch.step_s, placing.anywhere)
+        self.limit_s = min(limit_s, watch.step_s)
+        self.wish = Wish(pipelines, offloads, self.limit_s, placing.anywhere)
         self.room = host_room_bytes(cluster) if any(offloads) else float("inf")
         self.kept: list[Kept] = []
         rows, orders = np.arange(len(sizes)), placing.orders(len(sizes))
@@ -106,7 +110,7 @@ class Batch:
             for prices in self.first
         ]
         for prices in self.first:
-            self._keep(prices, rows, orders, prices.step_s <= watch.step_s)
+            self._keep(prices, rows, orders, prices.step_s <= self.limit_s)
 
     def _priced(
         self,
@@ -139,7 +143,7 @@ class Batch:
         wish, known = replace(self.wish, anywhere=None), taken(self.known, of)
         self.first, self.least_s = [], []
         for prices in self._priced(of, orders, wish, known, same=of):
-            wanted = prices.step_s <= self.watch.step_s
+            wanted = prices.step_s <= self.limit_s
             better = prices.step_s < prices.step_s[of] * (1 - _ROUNDING)
             better[:count] = True
             self._keep(prices, of, orders, wanted & better)
@@ -168,15 +172,16 @@ class Batch:
             )
         )
 
-    def offloaded(self, offloads: Sequence[Offload]) -> list[Batch]:
+    def offloaded(self, offloads: Sequence[Offload], limit_s: float) -> list[Batch]:
         """Those that need too much memory, with more in that of the host; or none.
 
         Args:
             offloads: What may be there.
+            limit_s: Seconds a step that they must stay within.
         """
         tight = []
         for prices, least_s in zip(self.first, self.least_s, strict=True):
-            may = _valid(prices) & (least_s <= self.watch.step_s)
+            may = _valid(prices) & (least_s <= limit_s)
             self._find_peaks(prices, np.flatnonzero(may))
             tight.append(may & ~(prices.peak_bytes <= self.watch.enough_bytes))
         rows = np.flatnonzero(np.any(tight, axis=0))
@@ -197,6 +202,7 @@ class Batch:
                 self.placing,
                 self.watch,
                 taken(known, rows),
+                limit_s,
             )
         ]
 

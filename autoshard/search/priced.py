@@ -243,7 +243,13 @@ def price(
             if rows.any():
                 own = sizes[rows], cuts[rows], turns, first, placing, watch
                 batches.append(Batch(pricer, cluster, *own))
-                batches += batches[-1].offloaded(others)
+                fitting = [kept for batch in (*plain, *staged) for kept in batch.kept]
+                limit_s = watch.limit_s(
+                    np.concatenate([k.sizes for k in fitting]),
+                    np.concatenate([k.step_s for k in fitting]),
+                    np.concatenate([k.peak_bytes for k in fitting]),
+                )
+                batches += batches[-1].offloaded(others, limit_s)
     every = [*plain, *staged]
     if placing.anywhere is None:
         watch.alike += sum(placing.alike(batch.sizes) for batch in every)

@@ -99,6 +99,19 @@ class Watch:
         found = bests if self.best is not None else self._front[0].tolist()
         return min(found, default=float("inf"))
 
+    def limit_s(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> float:
+        """What candidates must be below, these being known beside those that were seen.
+
+        Args:
+            sizes: As in `saw`.
+            step_s: As in `saw`.
+            peak_bytes: As in `saw`.
+        """
+        if self.best is None:
+            return self.step_s
+        found = self._bests_with(sizes, step_s, peak_bytes)
+        return self._limit_s(self._all(found))
+
     def limits_s(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> Vector:
         """What other orders of some candidates must stay within, float64[candidate].
 
@@ -108,8 +121,7 @@ class Watch:
             peak_bytes: In that order; NaN where it is not wanted.
         """
         if self.best is not None:
-            found = self._bests_with(sizes, step_s, peak_bytes)
-            return np.full(len(sizes), self._limit_s(self._all(found)))
+            return np.full(len(sizes), self.limit_s(sizes, step_s, peak_bytes))
         times, peaks = self._front_with(step_s, peak_bytes)
         # The fastest of those that are no larger.
         held = np.nan_to_num(peak_bytes, nan=np.inf)
