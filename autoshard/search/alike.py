@@ -50,8 +50,8 @@ def felt(
     optimizer state is stored, if there is any that has the axes of what it meets; else
     it hangs on what else is stored. A rule gives way where the user fixed one of its
     axes himself; and gradients of what he placed are stored so if any are. Of dims of
-    one value that an axis is for, one gets it: where a rule names others beside it, sums
-    there differ. That nothing else is felt, random programs show
+    one value that an axis is for, one gets it: where a rule names others beside it,
+    sums there differ. That nothing else is felt, random programs show
     (tests/search/test_solver.py).
 
     Args:

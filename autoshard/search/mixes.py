@@ -7,8 +7,10 @@ fill what is left, which is less than one block. The blocks that recompute more 
 first: their backward passes run last, when what the others keep is free again.
 
 The space are all meshes, microbatches, rules and storages of one stage that fit with
-the slower of two policies, each with every number of blocks that have the faster one,
-and with nothing in the host's memory unless that is fixed. What is priced is priced as
+the slower of two policies and not with the faster one, each with every number of blocks
+that have the faster one, and with nothing in the host's memory unless that is fixed.
+Where both fit, a mix differs from them by the kernels where one policy ends, which has
+been a few millionths either way. What is priced is priced as
 traced, the copies included that a loop costs which is run as two. What is not priced is
 ruled out by two bounds: a mix takes no less time than the faster policy (not: than both
 in proportion, as what is recomputed may hide collectives), and of what that one needs

@@ -58,6 +58,15 @@ def without(priced):
     return str(active(priced.strategy.model_copy(update={"schedule": schedule})))
 
 
+ONE = ([True], [True, False])
+"""Which of a candidate's policies fit for all blocks, the leaner one first."""
+
+
+def policies(priced):
+    """Those of a candidate, the one that recomputes more first."""
+    return [part.split("=")[0] for part in priced.strategy.schedule.remat.split(",")]
+
+
 def check_exact(seed):
     """Whether the best plan is a mix; for one plan or more the search finds it."""
     step, blocks, batch, chips, strategy = instance(seed)
@@ -69,11 +78,9 @@ def check_exact(seed):
     tight = small_memory(chips, limit * 1.0001 / MEMORY_HEADROOM)
     fits = fitting(priced, tight)
     alone = {(without(p), p.strategy.schedule.remat) for p in fits}
-    # Mixes are of candidates that fit with the policy that recomputes more.
+    # Mixes are of candidates that fit with the policy that recomputes more alone.
     fits = [
-        p
-        for p in fits
-        if (without(p), p.strategy.schedule.remat.split("=")[0]) in alone
+        p for p in fits if [(without(p), own) in alone for own in policies(p)] in ONE
     ]
     solver = Solver(step, (batch,), tight, strategy)
     if not fits:
