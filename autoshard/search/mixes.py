@@ -40,7 +40,7 @@ from autoshard.search.candidates import Space
 from autoshard.search.priced import Candidates
 from autoshard.search.watch import Vector, Watch
 
-PAIRS = tuple(itertools.combinations(space.REMATS, 2))
+PAIRS = tuple(itertools.combinations(reversed(space.REMATS), 2))
 """Two policies, the one that recomputes less first."""
 
 

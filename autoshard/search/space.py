@@ -158,8 +158,9 @@ def context_kinds(
     return (kind,)
 
 
-REMATS = ("none", "dots", "full")
-"""What may be rematerialised of all blocks, less of it first."""
+REMATS = ("full", "dots", "none")
+"""What may be rematerialised of all blocks; what fits in most places comes first, so that
+others need only be priced where they may be faster."""
 
 
 def without_experts(strategy: Strategy) -> Strategy:
