@@ -155,7 +155,7 @@ class Offloading:
             forward[place] += all_bytes * self._passes[v, False]
             backward[place] += all_bytes * self._passes[v, True]
             if place == BLOCK and blocks:
-                of_block += size / blocks
+                of_block += all_bytes / blocks
             else:
                 key = self._parameter.get(v, str(v))
                 _, before = whole.get(key, (place, 0.0))

@@ -285,7 +285,7 @@ class RuleBounds:
             pricer: Of one of the structures.
             placing: How axes may be laid out.
             rows: Which candidates.
-            wanted: What is asked; those that are too large need no bound on their time.
+            wanted: What is asked; what is too slow needs no bound on its memory.
         """
         rows = rows[~self._known[rows]]
         self._known[rows] = True
@@ -294,29 +294,43 @@ class RuleBounds:
         rows = rows[fits & divide_alike(pricer, self.grid[rows], {})]
         if not len(rows):
             return
-        meshes, cuts = Meshes(placing.cluster, self.grid[rows]), self.cuts[rows]
-        alive = _alive(pricer, meshes, cuts, wanted.offloads)
-        self._found.alive[:, :, rows] = alive
-        nothing, hows = np.zeros((2, len(rows))), wanted.pipelines
-        waits = floors.waits(meshes, cuts, hows)
-        own = waits, alive[-1], nothing, wanted.bytes_
-        small = floors.room(pricer, meshes, *own)
-        self._floor_s[rows] = np.inf
-        rows = rows[small]
         meshes, cuts = placing.meshes(self.grid[rows]), self.cuts[rows]
         of_step = floors.rest_s(pricer, meshes, cuts)
         self._found.of_step[:, rows] = of_step
-        self._found.moved[:, rows] = _moved(pricer, meshes, cuts, wanted.offloads)
-        own = of_step[0], of_step[2:], hows
+        own = of_step[0], of_step[2:], wanted.pipelines
         floor_s = floors.in_stages(pricer, meshes, cuts, *own)
-        most = _most(pricer, meshes, cuts, hows, of_step, wanted.step_s)
-        if hows:
-            own = waits[..., small], alive[-1][:, small], nothing[:, small]
-            soon = floors.room(pricer, meshes, *own, wanted.bytes_, most)
-            floor_s = np.where(
-                soon, floor_s, np.maximum(floor_s, _above(wanted.step_s))
-            )
         self._floor_s[rows] = floor_s
+        # What is too slow whatever fits need not be held against memory.
+        near = np.flatnonzero(floor_s <= wanted.step_s)
+        if len(near):
+            own = of_step[:, near], floor_s[near], wanted.of(near)
+            self._floor_s[rows[near]] = self._fitting_s(
+                pricer, placing, rows[near], *own
+            )
+
+    def _fitting_s(
+        self,
+        pricer: Pricer,
+        placing: Placing,
+        rows: np.ndarray,
+        of_step: Table,
+        floor_s: Vector,
+        wanted: Wanted,
+    ) -> Vector:
+        """The same of candidates that take so long whatever fits."""
+        meshes, cuts = Meshes(placing.cluster, self.grid[rows]), self.cuts[rows]
+        hows, nothing = wanted.pipelines, np.zeros((2, len(rows)))
+        alive = _alive(pricer, meshes, cuts, wanted.offloads)
+        self._found.alive[:, :, rows] = alive
+        self._found.moved[:, rows] = _moved(pricer, meshes, cuts, wanted.offloads)
+        own = floors.waits(meshes, cuts, hows), alive[-1], nothing, wanted.bytes_
+        small = floors.room(pricer, meshes, *own)
+        if hows:
+            most = _most(pricer, meshes, cuts, hows, of_step, wanted.step_s)
+            soon = floors.room(pricer, meshes, *own, most)
+            slow_s = np.maximum(floor_s, _above(wanted.step_s))
+            floor_s = np.where(soon, floor_s, slow_s)
+        return np.where(small, floor_s, np.inf)
 
     @property
     def every_s(self) -> Vector:

@@ -117,7 +117,9 @@ class Sieve:
         if self._free.of != (free.rules, free.schedule):
             self._free_s = {}
         asked = free, sketch, placing, offloads
-        floor_s = self._free_s.setdefault(free.storage, np.full(len(self._grid), -1.0))
+        if free.storage not in self._free_s:
+            self._free_s[free.storage] = np.full(len(self._grid), -1.0)
+        floor_s = self._free_s[free.storage]
         rows = here[floor_s[here] < 0]
         bounds = self._under_rules(self._free, *asked, rows)
         floor_s[rows] = bounds.floor_s(rows)

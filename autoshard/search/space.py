@@ -159,7 +159,7 @@ def context_kinds(
 
 
 REMATS = ("full", "dots", "none")
-"""What may be rematerialised of all blocks; what fits in most places comes first, so that
+"""What may be rematerialised of all blocks. What fits in most places comes first: the
 others need only be priced where they may be faster."""
 
 

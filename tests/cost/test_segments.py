@@ -11,6 +11,7 @@ import pytest
 import autoshard as ash
 from autoshard import api, models
 from autoshard.cost import Pricer
+from autoshard.cost.collectives import Meshes
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.segments import ALL, BLOCK, BOTH, EMBED, HEAD
 from autoshard.ir.mesh import AXES
@@ -158,17 +159,36 @@ def test_copies_of_blocks_are_cut_like_the_runs_of_a_loop(name, layers, remat, w
     np.testing.assert_allclose(own_kept, kept, rtol=0.005)
 
 
+def first_layout(left):
+    """The program with the first rules and storage that are tried."""
+    pins = {"rules.vocab": "none", "rules.seq.residual": "none"}
+    strategy = with_pins(api.load_strategy("auto"), pins)
+    layout = Layout.of(next(space.structures(strategy)))
+    return Pricer(propagate(left.traced, left.classes, layout), left.work)
+
+
+@pytest.mark.parametrize("kind", ["params", "optimizer", "activations"])
+@pytest.mark.parametrize("layers", [4, 30])
+def test_of_copies_the_same_is_offloaded_as_of_a_loop(kind, layers):
+    one = Meshes(api.cluster("h100:8"), np.ones((1, len(AXES)), dtype=np.int64))
+    loop, copies = (
+        first_layout(decoder("llama3-tiny", layers, "full", scan=scan)).liveness
+        for scan in (True, False)
+    )
+    held = [own.held(kind, one, np.ones(1)) for own in (loop, copies)]
+    passes = () if kind == "activations" else ("forward", "backward")
+    for name in ("bytes_", "of_block", "largest", *passes):
+        ours, theirs = (getattr(own, name) for own in held)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-9, err_msg=name)
+
+
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("cuts", [1, 8])
 def test_stages_of_copies_cost_what_those_of_a_loop_do(stages, cuts):
     """They do the same work, but a loop slices and stacks what copies have at hand."""
     found = []
     for scan in (True, False):
-        left = decoder("llama3-tiny", 4, "none", scan=scan)
-        pins = {"rules.vocab": "none", "rules.seq.residual": "none"}
-        strategy = with_pins(api.load_strategy("auto"), pins)
-        layout = Layout.of(next(space.structures(strategy)))
-        pricer = Pricer(propagate(left.traced, left.classes, layout), left.work)
+        pricer = first_layout(decoder("llama3-tiny", 4, "none", scan=scan))
         one = np.ones((1, len(AXES)), dtype=np.int64)
         several = np.where(np.array(AXES) == "stage", stages, one)
         chips, pieces = api.cluster("h100:8"), np.full(1, float(cuts))
