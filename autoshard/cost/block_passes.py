@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from autoshard.ir.build import is_transposed
@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # that module reads `segments`, which reads this one
 
 Copies = list[list[int]]
 """The ops of each copy of a block, one copy after the other."""
+
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot"})
 
 NOTHING_REPEATS = "no block repeats in it"
 
@@ -31,6 +33,7 @@ class BlockPass:
         copies: Whether every block has ops of its own; else they are a loop.
         sent: Values that pass from block to block.
         entered: Values that the first block takes in place of these.
+        copy_of: Op to the number of its copy; empty for a loop.
     """
 
     blocks: int
@@ -40,6 +43,7 @@ class BlockPass:
     copies: bool
     sent: tuple[int, ...]
     entered: frozenset[int] = frozenset()
+    copy_of: Mapping[int, int] = field(default_factory=dict)
 
     def is_backward(self, program: Program) -> bool:
         """Whether gradients are made in it."""
@@ -84,7 +88,11 @@ class BlockPass:
         inside = [i for own in copies for i in own]
         blocks = sum(work.alike_ops[own[0]] for own in copies)
         found = BlockPass._of(work, blocks, inside, sent, copies=True)
-        return replace(found, entered=frozenset(v for v, _ in taken))
+        return replace(
+            found,
+            entered=frozenset(v for v, _ in taken),
+            copy_of={i: k for k, own in enumerate(copies) for i in own},
+        )
 
     @staticmethod
     def _of(
@@ -114,6 +122,7 @@ def copies_of_blocks(folded: Folded, work: Work) -> tuple[list[Copies], str]:
         The copies of each pass; and why there are none, in words, empty if there are.
     """
     found: dict[int, list[Copies]] = {}
+    ops = folded.traced.program.ops
     at = {whole: own for own, whole in enumerate(folded.ops)}
     for repeat in folded.full.blocks.repeats:
         if repeat.kind != "unrolled":
@@ -124,15 +133,20 @@ def copies_of_blocks(folded: Folded, work: Work) -> tuple[list[Copies], str]:
             for start in starts
             if start in at
         ]
-        if any(work.flops[i] > 0 and not work.update[i] for i in copies[0]):
+        # Copies within a loop are no blocks of the program.
+        apart = not any(ops[i].region for i in copies[0])
+        works = any(
+            ops[i].primitive in _PRODUCTS and not work.update[i] for i in copies[0]
+        )
+        if apart and works:
             count = sum(work.alike_ops[own[0]] for own in copies)
             found.setdefault(count, []).append(copies)
     if not found:
         return [], NOTHING_REPEATS
     if len(found) > 1:
         counts = " and ".join(map(str, sorted(found)))
-        return [], f"parts of it repeat {counts} times, and stages are cut from one"
+        return [], f"parts of it repeat {counts} times, not all the same number"
     ((count, chains),) = found.items()
     if len(chains) < 1 + bool(work.gradients):
-        return [], f"of its {count} blocks the backward pass was not found"
+        return [], f"the backward passes of its {count} blocks are not alike"
     return chains, ""

@@ -223,7 +223,7 @@ def _collectives(
                     kind=step.kind,
                     axes=axes,
                     bytes_=round(float(size[0])),
-                    count=round(part * float(runs[0])),
+                    count=_runs(part * float(runs[0])),
                     time_s=part * float(time[0]),
                     source=op.source if op else "end of the step",
                     address=op.address if op else "output",
@@ -242,7 +242,7 @@ def _collectives(
                     kind=exchange.kind,
                     axes=axes,
                     bytes_=round(float(size[0])),
-                    count=round(part * float(runs[0])),
+                    count=_runs(part * float(runs[0])),
                     time_s=part * float(time[0]),
                     source=op.source,
                     address=op.address,
@@ -250,6 +250,11 @@ def _collectives(
                 )
             )
     return sorted(found, key=lambda c: (-c.time_s, c.address, c.kind))
+
+
+def _runs(count: float) -> int:
+    """A whole number of runs: a stage may have a part of what there is once."""
+    return max(1, round(count)) if count > 0 else 0
 
 
 def _of_attention(
@@ -267,7 +272,7 @@ def _of_attention(
                     kind=each.kind,
                     axes=("context",),
                     bytes_=round(float(each.bytes_[0])),
-                    count=round(part * float(each.runs[0])),
+                    count=_runs(part * float(each.runs[0])),
                     time_s=part * float(each.time_s[0]),
                     source=op.source,
                     address=op.address,

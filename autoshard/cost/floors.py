@@ -330,6 +330,7 @@ def in_stages(
     meshes: Meshes,
     cuts: Vector,
     whole: Vector,
+    waited: Vector,
     kernels: Table,
     pipelines: Sequence[Pipeline],
 ) -> Vector:
@@ -344,6 +345,8 @@ def in_stages(
         meshes: As in `rest_s`.
         cuts: As in `rest_s`.
         whole: Seconds at least with all blocks on every chip.
+        waited: Of these, what stages wait for of each other: all but the update, and
+            what that may hide.
         kernels: Of these, what kernels take, float64[place, candidate].
         pipelines: How stages may take turns; without any, `stage` is an axis like any
             other.
@@ -358,13 +361,13 @@ def in_stages(
     found = np.full(len(meshes), np.finfo(float).max)
     for how in pipelines:
         at_ends = how.vocab != "spread"
-        busy = whole + everywhere + (kernels[BOTH] if at_ends else 0.0)
-        slowest = busy / stages
+        more = everywhere + (kernels[BOTH] if at_ends else 0.0)
+        slowest = (whole + more) / stages
         if not how.blocks:
             least = _slowest_s(kernels, stages, float(blocks), at_ends=at_ends)
             slowest = np.maximum(slowest, least)
         wait = bubble_share(how.schedule, stages, cuts, zero_bubble) / how.virtual
-        step = slowest + wait * np.maximum(busy - slowest, 0.0) / cuts
+        step = slowest + wait * np.maximum(waited + more - slowest, 0.0) / cuts
         # What both ends have is not counted: it may be nothing.
         step += sent_s(how, meshes, cuts, sent, np.zeros(1), constants)
         can = cuttable(how, blocks, stages, cuts)

@@ -105,10 +105,9 @@ class _Finder:
         passes = [BlockPass.of_loop(*own, self.top, loop) for loop in loops]
         passes += [BlockPass.of_copies(*own, chain) for chain in chains]
         passes.sort(key=lambda one: one.first)
-        stacks = [one for one in passes if not one.is_backward(self.program)]
-        if len(stacks) > 1:
-            why = f"it has {len(stacks)} stacks of {stacks[0].blocks} blocks"
-            why += ", and stages are cut from one"
+        # An update may go over stacked parameters in a loop of its own.
+        passes = [one for one in passes if not self._updates(one)]
+        why = why or self._uncuttable(passes)
         if why:
             ops, values = len(self.program.ops), len(self.program.values)
             return Segments(1, np.full(ops, BLOCK), np.full(values, BLOCK), why=why)
@@ -120,6 +119,38 @@ class _Finder:
         if len(passes) > 1:
             stashed = frozenset(self._stashed(forward.last, backward.first))
         return Segments(forward.blocks, of_op, of_value, stashed, forward.sent)
+
+    def _updates(self, one: BlockPass) -> bool:
+        """Whether a pass is one over parameters that are updated."""
+        linked = (i for i in one.ops if self.program.ops[i].primitive != LINK)
+        return all(self.work.update[i] for i in linked)
+
+    def _uncuttable(self, passes: list[BlockPass]) -> str:
+        """Why stages cannot be cut from passes; empty if they can."""
+        if not passes:
+            return NOTHING_REPEATS
+        stacks = [one for one in passes if not one.is_backward(self.program)]
+        blocks = passes[0].blocks
+        if len(stacks) > 1:
+            return f"it has {len(stacks)} stacks of {blocks} blocks, not one"
+        if passes[0].copies and not passes[0].sent:
+            return f"its {blocks} blocks hand nothing on"
+        if passes[0].copies and any(len(own) > 1 for own in self._users(passes[0])):
+            return f"its {blocks} blocks share parameters"
+        return ""
+
+    def _users(self, forward: BlockPass) -> Iterator[set[int]]:
+        """For each parameter, the copies of blocks that use it, or it converted."""
+        inputs = zip(self.program.inputs, self.traced.inputs, strict=True)
+        for value in [v for v, info in inputs if info.state == "params"]:
+            found, pending = set(), [value]
+            while pending:
+                for user in self.used.get(pending.pop(), ()):
+                    if user in forward.copy_of:
+                        found.add(forward.copy_of[user])
+                    elif not (self.work.update[user] or self.work.batched_op[user]):
+                        pending += self.program.ops[user].outputs
+            yield found
 
     # -- loops -------------------------------------------------------------------
 
@@ -210,13 +241,8 @@ class _Finder:
                 found[op.index] = BLOCK
         for one in passes:
             found[sorted(one.ops)] = BLOCK
-        for op in program.ops:
-            if found[op.index] < 0 and not update[op.index]:
-                # What hands on the gradients of copies of blocks is not among these.
-                of = {program.values[v].producer for v in op.inputs if v >= 0}
-                hands_on = self.work.gradients.issuperset(op.outputs)
-                if hands_on and of and all(i >= 0 and found[i] == BLOCK for i in of):
-                    found[op.index] = BLOCK
+        if passes[0].copies:
+            self._beside_copies(found, passes[0])
         made: dict[int, list[int]] = {}
         for op in program.ops:
             for v in op.outputs:
@@ -237,6 +263,27 @@ class _Finder:
             found[op.index] = EMBED if early or late else HEAD
         self._update(found, stacked)
         return found
+
+    def _beside_copies(self, found: np.ndarray, forward: BlockPass) -> None:
+        """Places what is made of the weights of one block, or of their gradients."""
+        program, work = self.program, self.work
+        copy_of = dict(forward.copy_of)
+        for op in reversed(program.ops):
+            if found[op.index] >= 0 or work.update[op.index]:
+                continue
+            users = [u for v in op.outputs for u in self.used.get(v, ())]
+            of = {
+                copy_of.get(u, -1) for u in users if found[u] != BLOCK or u in copy_of
+            }
+            if len(of) == 1 and -1 not in of and not work.batched_op[op.index]:
+                found[op.index] = BLOCK
+                copy_of[op.index] = of.pop()
+        for op in program.ops:
+            producer = program.values[op.inputs[0]].producer if op.inputs else -1
+            new = found[op.index] < 0 and not work.update[op.index]
+            of_gradient = work.gradients.issuperset(op.outputs) and self._passes(op)
+            if new and of_gradient and producer >= 0 and found[producer] == BLOCK:
+                found[op.index] = BLOCK
 
     def _reached(
         self, starts: Iterable[int], by: dict[int, list[int]], *, back: bool

@@ -75,17 +75,6 @@ class Floors:
         tables = self.of_step, self.alive, self.moved
         return Floors(*(table[..., rows] for table in tables))
 
-    @staticmethod
-    def of(
-        pricer: Pricer, meshes: Meshes, cuts: Vector, offloads: Sequence[Offload]
-    ) -> Floors:
-        """Finds them, with any layout of the rules."""
-        return Floors(
-            floors.rest_s(pricer, meshes, cuts),
-            _alive(pricer, meshes, cuts, offloads),
-            _moved(pricer, meshes, cuts, offloads),
-        )
-
 
 def _alive(
     pricer: Pricer, meshes: Meshes, cuts: Vector, offloads: Sequence[Offload]
@@ -130,7 +119,7 @@ def floor_s(
         found: Bounds of its rules and schedule.
         wanted: What is asked.
     """
-    step_s = _moving_s(pricer, placing, sizes, cuts, found.of_step[1:], wanted)
+    step_s = _moving_s(pricer, placing, sizes, cuts, found.of_step, wanted)
     # What is too slow whatever fits need not be held against memory.
     near = np.flatnonzero(step_s <= wanted.step_s)
     if len(near):
@@ -203,17 +192,19 @@ def _moving_s(
     placing: Placing,
     sizes: np.ndarray,
     cuts: Vector,
-    computed: Table,
+    of_step: Table,
     wanted: Wanted,
 ) -> Vector:
     """The same, whatever fits."""
     summed = floors.summed_s(pricer, placing.meshes(sizes), cuts)
-    rest, kernels = computed[0] + summed.sum(axis=0), computed[1:] + summed
+    waited, rest = of_step[:2] + summed.sum(axis=0)
+    kernels = of_step[2:] + summed
 
     def bound(meshes: Meshes, rows: Any) -> Vector:
         own = pricer, meshes, cuts[rows]
         stored_s = floors.stored_s(*own, rest[rows])
-        return floors.in_stages(*own, stored_s, kernels[:, rows], wanted.pipelines)
+        times = stored_s, waited[rows], kernels[:, rows]
+        return floors.in_stages(*own, *times, wanted.pipelines)
 
     every = slice(None)
     if placing.anywhere is None:
@@ -297,7 +288,7 @@ class RuleBounds:
         meshes, cuts = placing.meshes(self.grid[rows]), self.cuts[rows]
         of_step = floors.rest_s(pricer, meshes, cuts)
         self._found.of_step[:, rows] = of_step
-        own = of_step[0], of_step[2:], wanted.pipelines
+        own = of_step[0], of_step[0], of_step[2:], wanted.pipelines
         floor_s = floors.in_stages(pricer, meshes, cuts, *own)
         self._floor_s[rows] = floor_s
         # What is too slow whatever fits need not be held against memory.

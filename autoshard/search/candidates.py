@@ -332,8 +332,6 @@ class Space:
             if len(space.context_kinds(strategy, structure.rules)) > 1:
                 here = sieve.whatever_kind(structure, sketch, open_, sets, here)
             parts = sieve.parts(structure, sketch, placing, sets, here)
-            if not len(here) or (bounded and not any(len(at) for _, at in parts)):
-                continue  # of what does not divide is said why
             whole = partial(propagated.pricer, structure, sketch)
             found = price(
                 whole,
@@ -347,7 +345,7 @@ class Space:
                 watch,
             )
             watch.saw(found.sizes, found.step_s, found.peak_bytes)
-            if bounded:
+            if bounded and parts:
                 at = np.concatenate([at for _, at in parts])
                 asked = grid[at], cuts[at], watch.step_s, watch.bytes_
                 priced_s = as_priced(found, *asked)

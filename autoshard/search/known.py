@@ -194,4 +194,6 @@ def as_priced(
     rows = np.column_stack([found.sizes, found.cuts])[fits]
     own = np.array([at[row.tobytes()] for row in rows], dtype=np.int64)
     np.minimum.at(floor_s, own, found.step_s[fits])
-    return np.where(floor_s < np.inf, floor_s, missing_s)
+    # Another way to run what is kept may be faster than that, and above the limit too.
+    known = (floor_s < np.inf) & (floor_s <= limit_s)
+    return np.where(known, floor_s, missing_s)

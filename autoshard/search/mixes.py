@@ -50,6 +50,10 @@ class Ceiling(Watch):
     def saw(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> None:
         """Notes nothing: the limit stays."""
 
+    def limit_s(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> float:
+        """The limit."""
+        return self.step_s
+
     def limits_s(self, sizes: np.ndarray, step_s: Vector, peak_bytes: Vector) -> Vector:
         """The limit, float64[candidate]."""
         return np.full(len(sizes), self.step_s)

@@ -12,7 +12,7 @@ from autoshard.plan.strategy import OFFLOADABLE, Strategy
 _WHY = {
     "optimizer": "the program has no optimizer state",
     "params": "the program has no parameters",
-    "activations": "no loop over blocks keeps any for a backward pass",
+    "activations": "no blocks keep any for a backward pass",
 }
 
 

@@ -243,6 +243,8 @@ def price(
             if rows.any():
                 own = sizes[rows], cuts[rows], turns, first, placing, watch
                 batches.append(Batch(pricer, cluster, *own))
+                if not others:
+                    continue
                 fitting = [kept for batch in (*plain, *staged) for kept in batch.kept]
                 limit_s = watch.limit_s(
                     np.concatenate([k.sizes for k in fitting]),

@@ -76,6 +76,8 @@ class Sieve:
             here: Which candidates.
         """
         asked = structure, sketch, placing, offloads
+        if not len(here):
+            return []
         if self._watch.best is None:
             return list(self._dividing(structure, sketch, here))
         before_s = self._known.floor_s(structure, offloads, self._number)

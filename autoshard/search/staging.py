@@ -22,11 +22,11 @@ def staged_as_can_be(
     stages = rows[:, STAGE]
     most = segments.blocks
     if not (stages <= most).any():
-        why = f": {segments.why}" if segments.why else ""
+        why = f", as {segments.why}" if segments.why else " blocks"
         raise InfeasibleError(
             f"stage = {strategy.mesh['stage']}{strategy.where('stage')} asks for more "
-            f"stages than the program has blocks to cut between, {most}{why}. Take as "
-            "many stages as there are blocks or fewer, or leave stage = 'auto'."
+            f"stages than the program can be cut into, {most}{why}. Take no more than "
+            "that, or leave stage = 'auto'."
         )
     rows = _for_blocks(rows[stages <= most], strategy, segments)
     wished = strategy.schedule.pipeline not in ("auto", "none")

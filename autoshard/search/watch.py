@@ -61,7 +61,7 @@ class Watch:
 
         Args:
             floor_s: Seconds a step takes at least; infinite where no chip is large
-                enough, NaN where the batch does not divide.
+                enough, NaN where a dim does not divide.
         """
         divides, small = ~np.isnan(floor_s), floor_s < np.inf
         self.indivisible += int((~divides).sum())

@@ -13,7 +13,8 @@ from autoshard.cost.collectives import Meshes
 from autoshard.cost.constants import Constants
 from autoshard.cost.overlap import exposed_s, least_s
 from autoshard.cost.pipeline import Pipeline, bubble_share
-from autoshard.cost.stages import waiting
+from autoshard.cost.segments import BLOCK
+from autoshard.cost.stages import Parts, cut, sent_s, staged, waiting
 from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import cluster
 
@@ -82,16 +83,16 @@ def test_stages_have_room_where_some_cut_of_them_fits(schedule, seed):
     wrong = 0
     for k, count in enumerate(stages):
         fits, soon = False, False
-        for cut in cuts_of(BLOCKS, count):
+        for held_by in cuts_of(BLOCKS, count):
             # The stages between the ends hold what the first of them does.
             at = [0, *[1] * (count - 2), count - 1]
             waited = [waiting(how, *map(np.array, (a, count, pieces[k]))) for a in at]
             largest = max(
                 own / BLOCKS * (held[1, k] + alive[1, k] + wait * alive[2, k])
-                for own, wait in zip(cut, waited, strict=True)
+                for own, wait in zip(held_by, waited, strict=True)
             )
             fits |= bool(largest <= limit[k])
-            soon |= bool(largest <= limit[k] and max(cut) <= most[k])
+            soon |= bool(largest <= limit[k] and max(held_by) <= most[k])
         assert found[0][k] >= fits
         assert found[1][k] >= soon
         wrong += int(found[0][k]) - fits
@@ -124,3 +125,39 @@ def test_no_stage_of_a_fast_step_has_more_than_the_most_blocks(schedule):
             assert (own <= most[k]) == (step_s <= limit[k] * (1 + 1e-9)), own
             reached += own <= most[k]
     assert 100 < reached < 200 * BLOCKS
+
+
+@pytest.mark.parametrize("kind", ["gpu", "tpu", "cpu"])
+@pytest.mark.parametrize("vocab", ["ends", "spread"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "zb-h2"])
+def test_no_step_in_stages_is_below_its_bound(schedule, vocab, kind):
+    """Of any share of kernels, updates and collectives; some are almost at it."""
+    rng = np.random.default_rng(0)
+    count = 400
+    stages, pieces = rng.choice(STAGES, count), rng.choice([1.0, 2.0, 8.0, 64.0], count)
+    pricer, meshes = of_stages(stages)
+    sent = rng.choice([0.0, 1e6, 1e9], count)
+    pricer.apart = lambda *_: sent
+    scale = rng.choice([0.0, 0.3, 1.0, 10.0], (4, 5, count))
+    matmul, other, update, collective = rng.uniform(0, 1, (4, 5, count)) * scale
+    matmul[BLOCK] += 1.0
+    kinds = rng.dirichlet([0.5] * 3, count).T  # ahead, after, between
+    sums = collective.sum(axis=0) * kinds
+    work = (matmul + other + update).sum(axis=0)
+    exposed = exposed_s(kind, pricer.constants, work, *sums)
+    share = collective / np.maximum(collective.sum(axis=0), 1e-300)
+    nothing = np.zeros(count)
+    parts = Parts(matmul, other + update, update, collective, share * exposed, nothing)
+    how = Pipeline(schedule, vocab=vocab)
+    own = cut(how, BLOCKS, parts, stages.astype(float), pieces)
+    hops = sent_s(how, meshes, pieces, sent, nothing, pricer.constants)
+    time = staged(own, parts, meshes, pieces, hops, pricer.constants)
+    step = time.matmul + time.other + time.shown + time.bubble + time.sent
+    kernels = matmul + other
+    between = exposed_s(kind, pricer.constants, nothing, nothing, nothing, sums[2])
+    rest = kernels.sum(axis=0) + between
+    whole = least_s(kind, pricer.constants, rest, *sums[:2])
+    found = floors.in_stages(pricer, meshes, pieces, whole, rest, kernels, [how])
+    assert own.valid.all()
+    assert (found <= step * (1 + 1e-9)).all()
+    assert (found > 0.9 * step).any()

@@ -240,6 +240,115 @@ def test_copies_of_several_kinds(kinds, blocks, why):
     assert why in found.why if why else not found.why
 
 
+def of_loss(loss, blocks=6):
+    def model(key):
+        block = {
+            "scale": jnp.ones(8),
+            "up": jnp.ones((8, 16)),
+            "down": jnp.ones((16, 8)),
+        }
+        return {"first": jnp.ones((2, 8)), "blocks": [block] * blocks}
+
+    step = ash.train_step(loss, optax.sgd(0.1), model=model)
+    batch = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    return Sketch.of(step, (batch,), api.load_strategy("auto")).shallow
+
+
+def run(params, x):
+    x = x * params["first"][0] + params["first"][1]
+    for w in params["blocks"]:
+        x = x + jnp.tanh((x * w["scale"]) @ w["up"]) @ w["down"]
+    return x
+
+
+def test_what_is_made_of_the_weights_of_a_block_goes_with_it():
+    def loss(params, x):
+        params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+        x = run(params, x.astype(jnp.bfloat16))
+        return (x**2).mean().astype(jnp.float32)
+
+    found = of_loss(loss)
+    assert found.work.segments.blocks == 6
+    # Before the passes, and the gradients after them; `first` has one, and goes first.
+    program, places = found.traced.program, found.work.segments.of_op
+    shapes = {(8,): BLOCK, (8, 16): BLOCK, (16, 8): BLOCK, (2, 8): EMBED}
+    of = {}
+    for op in program.ops:
+        shape = program.values[op.outputs[0]].shape if op.outputs else None
+        converts = op.primitive == "convert_element_type" and shape in shapes
+        if converts and not found.work.update[op.index]:
+            of.setdefault(shape, []).append(int(places[op.index]))
+    assert of == {
+        shape: [place] * (12 if place == BLOCK else 2)
+        for shape, place in shapes.items()
+    }
+
+
+def test_a_term_for_the_weights_is_no_block():
+    def loss(params, x):
+        decay = sum((w["up"] ** 2).sum() for w in params["blocks"])
+        return (run(params, x) ** 2).mean() + 1e-3 * decay
+
+    segments = of_loss(loss).work.segments
+    # Of the first one gradients come with what goes before.
+    assert (segments.blocks, segments.why) == (5, "")
+
+
+def test_gradients_of_what_comes_first_belong_there():
+    found = of_loss(lambda params, x: (run(params, x) ** 2).mean())
+    program, places = found.traced.program, found.work.segments
+    of = [
+        int(places.of_op[op.index])
+        for op in program.ops
+        if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient"
+    ]
+    assert sorted(of) == [*[BLOCK] * 18, EMBED]
+
+
+def test_an_update_in_a_loop_is_no_stack_of_blocks():
+    def updates(grads, state, params=None):
+        return jax.tree.map(lambda g: jax.lax.map(lambda x: -0.1 * x, g), grads), state
+
+    optimizer = optax.GradientTransformation(lambda params: (), updates)
+
+    def loss(params, x):
+        return (jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]).sum()
+
+    step = ash.train_step(loss, optimizer, model=lambda key: jnp.ones((6, 8, 8)))
+    batch = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    left = Sketch.of(step, (batch,), api.load_strategy("auto")).shallow
+    segments = left.work.segments
+    assert (segments.blocks, segments.why) == (6, "")
+    assert any(segments.of_value[v] == BLOCK for v in segments.stashed)
+
+
+def of_function(fn, *args):
+    return Sketch.of_whole(fn, args, api.load_strategy("auto")).shallow.work.segments
+
+
+def test_blocks_with_the_same_weights_are_not_cut():
+    def shared(w, x):
+        for _ in range(8):
+            x = jnp.tanh(x @ w)
+        return x
+
+    segments = of_function(shared, jnp.ones((8, 8)), jnp.ones((4, 8)))
+    assert segments.blocks == 1
+
+
+def test_copies_within_a_loop_are_no_blocks():
+    def looped(ws, x):
+        def body(x, _):
+            for w in ws:
+                x = jnp.tanh(x @ w)
+            return x, None
+
+        return jax.lax.scan(body, x, None, length=4)[0]
+
+    segments = of_function(looped, [jnp.ones((8, 8))] * 6, jnp.ones((4, 8)))
+    assert segments.blocks == 1
+
+
 def scanned(*depths):
     def loss(params, x):
         for stack in params:

@@ -94,7 +94,7 @@ def check_bounds(model, storage, chips, monkeypatch):
             return bound_of(pricer, placing, sizes, cuts, found, wanted)
         free = placing.meshes(sizes), cuts
         family_s = floors.in_stages(
-            pricer, *free, found.of_step[0], found.of_step[2:], hows
+            pricer, *free, *found.of_step[[0, 0]], found.of_step[2:], hows
         )
         rng = np.random.default_rng(len(compared))
         for several in (False, True):

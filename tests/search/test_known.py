@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from helpers.equality import abstract_batch, make_step
 from helpers.spaces import floats, mlp_step, of_mesh
 
 from autoshard.cost.price import MEMORY_HEADROOM
+from autoshard.ir.mesh import AXES
 from autoshard.plan.cluster import cluster
 from autoshard.plan.files import load_strategy
 from autoshard.search.explore import explore
-from autoshard.search.known import Known
+from autoshard.search.known import Known, as_priced
 from autoshard.search.pinning import with_pins
 from autoshard.search.solver import Solver
 from autoshard.search.space import structures
@@ -216,3 +219,15 @@ def test_what_was_found_under_a_guess_outlives_an_interruption(share, monkeypatc
     assert (found.why, found.left > 0) == ("interrupted", True)
     assert found.ranked[0][0] == pytest.approx(best_s, rel=1e-12)
     assert found.lower_bound_s <= best_s
+
+
+def test_what_was_kept_above_the_limit_is_not_all_there_is():
+    """Another way to run it may be above the limit, too, and faster."""
+    sizes, cuts = np.ones((3, len(AXES)), dtype=np.int64), np.arange(3)
+    found = SimpleNamespace(
+        sizes=sizes, cuts=cuts, step_s=np.array([2.0, 5.0, 1.0]),
+        peak_bytes=np.array([1.0, 1.0, 9.0]),
+    )  # fmt: skip
+    floor_s = as_priced(found, sizes, cuts, limit_s=3.0, room=4.0)
+    assert floor_s[0] == 2.0
+    assert (floor_s[1:] == np.nextafter(3.0, 4.0)).all()

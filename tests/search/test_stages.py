@@ -98,7 +98,11 @@ def test_what_cannot_be_run_is_refused_and_left_out():
 @pytest.mark.parametrize(
     ("pins", "kind", "said"),
     [
-        ({"stage": 16}, InfeasibleError, "stage = 16.*more stages than.*blocks.* 4"),
+        (
+            {"stage": 16},
+            InfeasibleError,
+            "stage = 16.*more stages.*cut into, 4 blocks",
+        ),
         (
             {"stage": 2, "pipeline": "1f1b", "blocks": (1, 1)},
             InputError,
