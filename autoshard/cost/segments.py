@@ -143,13 +143,16 @@ class _Finder:
         """For each parameter, the copies of blocks that use it, or it converted."""
         inputs = zip(self.program.inputs, self.traced.inputs, strict=True)
         for value in [v for v, info in inputs if info.state == "params"]:
-            found, pending = set(), [value]
+            found: set[int] = set()
+            pending, seen = [value], {value}
             while pending:
                 for user in self.used.get(pending.pop(), ()):
                     if user in forward.copy_of:
                         found.add(forward.copy_of[user])
                     elif not (self.work.update[user] or self.work.batched_op[user]):
-                        pending += self.program.ops[user].outputs
+                        new = set(self.program.ops[user].outputs) - seen
+                        pending += new
+                        seen |= new
             yield found
 
     # -- loops -------------------------------------------------------------------
