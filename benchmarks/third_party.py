@@ -109,6 +109,7 @@ def _propagated(space: Any, name: str, chips: Any) -> dict[str, Any]:
     from autoshard.propagate import propagate
     from autoshard.search.annotations import check_annotations
     from autoshard.search.candidates import Watch
+    from autoshard.search.space import of_one_stage
 
     strategy = load_strategy(name)
     # One trace serves all strategies that ship: none names axes or paths anew.
@@ -116,9 +117,11 @@ def _propagated(space: Any, name: str, chips: Any) -> dict[str, Any]:
     assert not strategy.specs, name
     assert not strategy.replicate, name
     check_annotations(space.sketch("none").traced, strategy)
-    schedule = strategy.schedule.model_copy(update={"remat": "none"})
+    # Every layout of one stage is priced, without what a schedule adds to it.
+    plain = {"remat": "none", "context_kind": "all_gather", "offload": ()}
+    schedule = strategy.schedule.model_copy(update=plain)
     watch = Watch()
-    structure = strategy.model_copy(update={"schedule": schedule})
+    structure = of_one_stage(strategy.model_copy(update={"schedule": schedule}))
     groups = list(space.priced(structure, chips, watch=watch))
     capacity = chips.hbm_bytes * MEMORY_HEADROOM
     best = None
