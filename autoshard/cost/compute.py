@@ -70,8 +70,9 @@ class KernelTime:
         arithmetic_s: Seconds of its product, zero where it has none.
         traffic_s: Seconds of its memory traffic.
         total_s: Seconds of both, as far as one does not hide the other.
-        least_s: No less than this of `total_s` is there whatever becomes of what is not
-            made of the batch: weights and gradients.
+        least_s: No less than this of `total_s` is there however state is stored: of
+            what is not made of the batch only parameters that products read count, and
+            gradients that they write, in their narrowest form.
     """
 
     kernel: Kernel
@@ -125,6 +126,10 @@ class Compute:
         self._batch = {c for c, n in names.items() if "batch" in n}
         self._kernels: dict[frozenset[str], tuple[Kernel, ...]] = {}
         self._moved: dict[int, list[_Moved]] = {}
+        self._least: dict[int, list[_Moved]] = {}
+        values = self.program.values
+        of_state = (values[v].dtype.itemsize for v in work.params | work.gradients)
+        self._narrow = min(of_state, default=0)
 
     def kernels(self, active: frozenset[str]) -> tuple[Kernel, ...]:
         """The kernels on meshes where only these axes have several devices."""
@@ -173,10 +178,11 @@ class Compute:
             moved = self._moved.get(id(kernel))
             if moved is None:
                 moved = self._moved[id(kernel)] = self._traffic(kernel)
+                self._least[id(kernel)] = self._of_state(kernel)
             repeats = share * work.runs[kernel.op]
             if not work.update[kernel.op]:
                 repeats = repeats * cuts
-            bytes_, of_batch = np.zeros((2, len(meshes)))
+            bytes_, least_bytes = np.zeros((2, len(meshes)))
             for part in moved:
                 size = self.local_bytes(part.value, part.axes, meshes, cuts)
                 passes = part.passes
@@ -185,7 +191,10 @@ class Compute:
                     passes += part.scratch * rates.scratch_bytes / width
                 bytes_ += size * passes
                 if work.batched[part.value]:
-                    of_batch += size * passes
+                    least_bytes += size * passes
+            for part in self._least[id(kernel)]:
+                size = self.local_bytes(part.value, part.axes, meshes, cuts)
+                least_bytes += size * part.passes
             turned = kernel.kind == "copy"
             rate = rates.copy_bytes_per_s if turned else rates.hbm_bytes_per_s
             traffic = bytes_ / rate
@@ -199,9 +208,9 @@ class Compute:
                 arithmetic = self._arithmetic(kernel.op, meshes, cuts, rates)
             total = np.maximum(arithmetic, traffic)
             total += rates.exposed * np.minimum(arithmetic, traffic)
-            of_batch /= rate
-            least = np.maximum(arithmetic, of_batch)
-            least += rates.exposed * np.minimum(arithmetic, of_batch)
+            least_traffic = least_bytes / rate
+            least = np.maximum(arithmetic, least_traffic)
+            least += rates.exposed * np.minimum(arithmetic, least_traffic)
             yield KernelTime(
                 kernel,
                 repeats * arithmetic,
@@ -277,6 +286,26 @@ class Compute:
             scratch = float(narrow and full and kernel.kind in ("loop", "product"))
             found.append(_Moved(v, self._made(v), 1.0, scratch))
         return found
+
+    def _of_state(self, kernel: Kernel) -> list[_Moved]:
+        """What a product moves of state at least, however that is stored."""
+        if kernel.kind != "product":
+            return []
+        op, work, values = self.program.ops[kernel.op], self.work, self.program.values
+        read = [
+            (v, self._used(op.index, slot))
+            for slot, v in enumerate(op.inputs)
+            if v in work.params and not work.batched[v]
+        ]
+        written = [
+            (v, self._made(v))
+            for v in op.outputs
+            if v in work.gradients and not work.batched[v]
+        ]
+        return [
+            _Moved(v, axes, self._narrow / values[v].dtype.itemsize)
+            for v, axes in read + written
+        ]
 
     def _made(self, v: int) -> frozenset[str]:
         """Axes that shard a value where it is made."""

@@ -261,7 +261,7 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
 
     Returns:
         Of all of a step; of what it computes that storage has no part in, to which what
-        is moved comes; and of its kernels by place: float64[2 + PLACES, candidate].
+        is moved comes; and of that by place: float64[2 + PLACES, candidate].
     """
 
     def floor(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
@@ -277,6 +277,7 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
                 attention[pricer.context.of_op[time.kernel.op]] += time.total_s
         for each in pricer.context.transfers(part, cuts, attention)[0]:
             rest += each.shown_s
+            kernels[places[each.op]] += each.shown_s
         for index, move in enumerate(pricer.moves):
             # Of state are also what the update moves and where its results go.
             of_state = index in pricer.prefetched or index in pricer.trailing
@@ -293,7 +294,9 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
     return pricer.apart(meshes, cuts, floor)
 
 
-def stored_s(pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector) -> Vector:
+def stored_s(
+    pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector
+) -> tuple[Vector, Table]:
     """Seconds of a step at least, with all that this layout moves.
 
     Args:
@@ -301,16 +304,28 @@ def stored_s(pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector) -> Vect
         meshes: As in `rest_s`.
         cuts: As in `rest_s`.
         rest: Seconds in which a chip computes, at least.
+
+    Returns:
+        Those, and of these by place what shows of collectives whatever is computed,
+        float64[place, candidate]; zero where their axes may lie anywhere. What shows of
+        all collectives is spread over places in proportion to what they take; no less
+        does than of those that the next op waits for.
     """
 
     def moved(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
         return pricer.moved_s(part, cuts)
 
     kind, constants = meshes.cluster.kind, pricer.constants
-    ahead, after, between = pricer.apart(meshes, cuts, moved)
+    sums = pricer.apart(meshes, cuts, moved)
+    ahead, after, between = sums.sum(axis=1)
     none = np.zeros(len(meshes))
     shown = exposed_s(kind, constants, none, none, none, between)
-    return least_s(kind, constants, rest + shown, ahead, after)
+    least = least_s(kind, constants, rest + shown, ahead, after)
+    if meshes.anywhere is not None:
+        return least, np.zeros((PLACES, len(meshes)))
+    by_place = sums.sum(axis=0)
+    share = by_place / np.maximum(by_place.sum(axis=0), _TINY)
+    return least, share * shown
 
 
 def summed_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
@@ -336,8 +351,8 @@ def in_stages(
 ) -> Vector:
     """A bound on a step whose blocks are spread over stages.
 
-    The slowest stage takes no less than the average one, nor than its kernels do where
-    whole blocks are spread best; it waits for the others as its schedule lets it, and
+    The slowest stage takes no less than the average one, nor than what is known of its
+    own where whole blocks are spread best; it waits for the others as its schedule lets it, and
     has what it makes sent on.
 
     Args:
@@ -347,7 +362,8 @@ def in_stages(
         whole: Seconds at least with all blocks on every chip.
         waited: Of these, what stages wait for of each other: all but the update, and
             what that may hide.
-        kernels: Of these, what kernels take, float64[place, candidate].
+        kernels: Of these, what kernels and collectives take that belong to one place,
+            float64[place, candidate].
         pipelines: How stages may take turns; without any, `stage` is an axis like any
             other.
     """

@@ -9,7 +9,7 @@ from typing import Any
 from autoshard.cost.work import Work
 from autoshard.ir.build import is_rematted
 from autoshard.ir.mesh import AXES
-from autoshard.ir.program import BARRIER, Op, Program
+from autoshard.ir.program import Op, Program
 from autoshard.plan.sharded import OUTPUT, Dims, Reshard, ShardedProgram
 
 
@@ -156,39 +156,14 @@ def unique_moves(sharded: ShardedProgram) -> Sequence[Reshard]:
     return tuple(found.values())
 
 
-_SAME_VALUE = (
-    "link",
-    "convert_element_type",
-    "copy",
-    "transpose",
-    "autoshard_annotate",
-    "split",
-)
-"""Ops whose results are parameters, or parts of them, where the operand is."""
-
-
 def moves_of_state(
-    sharded: ShardedProgram, work: Work, moves: Sequence[Reshard]
+    work: Work, moves: Sequence[Reshard]
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Indices of moves that gather parameters, and of those that sum gradients."""
-    program = sharded.traced.program
-    params = {
-        value
-        for value, info in zip(program.inputs, sharded.traced.inputs, strict=True)
-        if info.state == "params"
-    }
-    for op in program.ops:
-        if op.primitive == BARRIER:  # its results are its operands
-            pairs = zip(op.inputs, op.outputs, strict=True)
-            params.update(result for v, result in pairs if v in params)
-            continue
-        single = [v for v in op.inputs if v >= 0]
-        if len(single) == 1 and single[0] in params and op.primitive in _SAME_VALUE:
-            params.update(op.outputs)
     ahead, after = set(), set()
     for index, move in enumerate(moves):
         if move.unreduced and move.value in work.gradients:
             after.add(index)
-        elif not move.unreduced and move.value in params:
+        elif not move.unreduced and move.value in work.params:
             ahead.add(index)
     return frozenset(ahead), frozenset(after)

@@ -110,7 +110,7 @@ class Pricer:
         self._of_axes = Moves(sharded, self.moves)
         self._along: dict[frozenset[str], Pricer] = {}
         self._gathering: Pricer | None = None
-        self.prefetched, self.trailing = moves_of_state(sharded, work, self.moves)
+        self.prefetched, self.trailing = moves_of_state(work, self.moves)
         self.liveness = self._find_liveness()
 
     def with_context(self, kind: str, heads: int = 0) -> Pricer:
@@ -548,11 +548,12 @@ class Pricer:
         """Seconds in collectives, hidden or not, but for what attention sends.
 
         Returns:
-            Those of `AHEAD`, `AFTER` and `BETWEEN`, float64[3, candidate].
+            Those of `AHEAD`, `AFTER` and `BETWEEN`, by place,
+            float64[3, place, candidate].
         """
-        sums = np.zeros((3, len(meshes)))
-        for when, _, _, _, time, _, _ in self._sent(meshes, microbatches):
-            sums[when] += time
+        sums = np.zeros((3, PLACES, len(meshes)))
+        for when, place, _, _, time, _, _ in self._sent(meshes, microbatches):
+            sums[when, place] += time
         return sums
 
     def _sent(

@@ -15,7 +15,7 @@ from autoshard.cost.schedule import lifetimes, positions
 from autoshard.cost.segments import UNCUT, Segments, segments
 from autoshard.cost.written import Fusions
 from autoshard.ir.fold import Folded, unfolded
-from autoshard.ir.program import Program
+from autoshard.ir.program import BARRIER, Program
 from autoshard.ir.trace import Traced
 from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.plan.sharded import DimClasses
@@ -24,6 +24,16 @@ FUSION_REACH_OPS = 64
 """A use further away than this many ops is not fused with the producer."""
 
 _FUSED = ("elementwise", "data", "move")
+
+_SAME_VALUE = (
+    "link",
+    "convert_element_type",
+    "copy",
+    "transpose",
+    "autoshard_annotate",
+    "split",
+)
+"""Ops whose results are parameters, or parts of them, where the operand is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,7 @@ class Work:
         birth: Per value, the position from which it occupies memory, -1 for never.
         death: Per value, the last position at which it is needed.
         over: Values that are written over the result of a product.
+        params: Values that are parameters, or parts of them, in any form.
         gradients: Values that hold gradients.
         fusions: The kernels that its ops become.
         segments: Where its blocks are, between which stages can be cut.
@@ -63,6 +74,7 @@ class Work:
     birth: tuple[int, ...]
     death: tuple[int, ...]
     over: frozenset[int]
+    params: frozenset[int]
     gradients: frozenset[int]
     alike_ops: tuple[int, ...]
     alike: tuple[int, ...]
@@ -108,6 +120,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
         birth=birth,
         death=death,
         over=over,
+        params=_params(traced),
         gradients=_gradients(program, classes),
         fusions=Fusions(program, rules, traced.blocks.crossing),
         alike_ops=folded.alike_ops,
@@ -143,6 +156,24 @@ def materialised(
             for v in op.outputs:
                 found[v] = False
     return tuple(found)
+
+
+def _params(traced: Traced) -> frozenset[int]:
+    program = traced.program
+    found = {
+        value
+        for value, info in zip(program.inputs, traced.inputs, strict=True)
+        if info.state == "params"
+    }
+    for op in program.ops:
+        if op.primitive == BARRIER:  # its results are its operands
+            pairs = zip(op.inputs, op.outputs, strict=True)
+            found.update(result for v, result in pairs if v in found)
+            continue
+        single = [v for v in op.inputs if v >= 0]
+        if len(single) == 1 and single[0] in found and op.primitive in _SAME_VALUE:
+            found.update(op.outputs)
+    return frozenset(found)
 
 
 def _gradients(program: Program, classes: DimClasses) -> frozenset[int]:

@@ -18,7 +18,7 @@ from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.segments import BLOCK
 from autoshard.cost.stages import PLACES, STAGE, Table
-from autoshard.search.divisible import batch_divides, divide_alike
+from autoshard.search.divisible import arguments_divide, divide_alike
 from autoshard.search.placing import Placing
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
@@ -202,8 +202,8 @@ def _moving_s(
 
     def bound(meshes: Meshes, rows: Any) -> Vector:
         own = pricer, meshes, cuts[rows]
-        stored_s = floors.stored_s(*own, rest[rows])
-        times = stored_s, waited[rows], kernels[:, rows]
+        stored_s, shown = floors.stored_s(*own, rest[rows])
+        times = stored_s, waited[rows], kernels[:, rows] + shown
         return floors.in_stages(*own, *times, wanted.pipelines)
 
     every = slice(None)
@@ -280,7 +280,7 @@ class RuleBounds:
         """
         rows = rows[~self._known[rows]]
         self._known[rows] = True
-        fits = batch_divides(pricer, self.grid[rows], self.cuts[rows], self.batch)
+        fits = arguments_divide(pricer, self.grid[rows], self.cuts[rows], self.batch)
         self._floor_s[rows[fits]] = 0.0
         rows = rows[fits & divide_alike(pricer, self.grid[rows], {})]
         if not len(rows):
@@ -329,9 +329,9 @@ class RuleBounds:
         return self._floor_s
 
     def floor_s(self, rows: np.ndarray) -> Vector:
-        """Seconds a step takes at least, as in the function; NaN for an odd batch.
+        """Seconds a step takes at least, as in the function; NaN where it cannot be.
 
-        That is one which does not divide.
+        There the batch, or an argument, does not divide.
         """
         return self._floor_s[rows]
 

@@ -65,13 +65,19 @@ class _Meshes:
         return self._divide[key]
 
 
-def batch_divides(
+def arguments_divide(
     pricer: Pricer, sizes: np.ndarray, cuts: np.ndarray, batch: int
 ) -> np.ndarray:
-    """Which candidates divide the batch, whatever else they do; as `divisible`."""
-    fits = np.ones(len(sizes), dtype=bool)
-    for demand in _batch(pricer, _Meshes(sizes), cuts, batch):
+    """Which candidates divide what rules shard of the arguments; as `divisible`.
+
+    Of all structures that differ in storage alone, these are the same.
+    """
+    fits, meshes = np.ones(len(sizes), dtype=bool), _Meshes(sizes)
+    for demand in _batch(pricer, meshes, cuts, batch):
         fits &= demand.met
+    for value, dims in zip(pricer.program.inputs, pricer.sharded.compute, strict=True):
+        for size, axes in zip(pricer.program.values[value].shape, dims, strict=True):
+            fits &= meshes.divide(size, axes)
     return fits
 
 

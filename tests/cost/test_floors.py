@@ -157,7 +157,8 @@ def test_no_step_in_stages_is_below_its_bound(schedule, vocab, kind):
     between = exposed_s(kind, pricer.constants, nothing, nothing, nothing, sums[2])
     rest = kernels.sum(axis=0) + between
     whole = least_s(kind, pricer.constants, rest, *sums[:2])
-    found = floors.in_stages(pricer, meshes, pieces, whole, rest, kernels, [how])
+    known = kernels + share * between
+    found = floors.in_stages(pricer, meshes, pieces, whole, rest, known, [how])
     assert own.valid.all()
     assert (found <= step * (1 + 1e-9)).all()
     assert (found > 0.9 * step).any()
