@@ -352,8 +352,8 @@ def in_stages(
     """A bound on a step whose blocks are spread over stages.
 
     The slowest stage takes no less than the average one, nor than what is known of its
-    own where whole blocks are spread best; it waits for the others as its schedule lets it, and
-    has what it makes sent on.
+    own where whole blocks are spread best; it waits for the others as its schedule lets
+    it, and has what it makes sent on.
 
     Args:
         pricer: Of one layout with the rules.
