@@ -30,6 +30,7 @@ TERMS = {
     "collective_s": "collectives",
     "bubble_s": "bubble",
     "transfer_s": "transfers between stages",
+    "host_s": "transfers to the host",
 }
 """Fields of an estimate that add up to its seconds, and what they are called."""
 

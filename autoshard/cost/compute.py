@@ -7,7 +7,7 @@ its traffic is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -20,14 +20,12 @@ from autoshard.cost.active import Moves
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.fusion import Kernel
 from autoshard.cost.kernels import busy_share
+from autoshard.cost.local import LocalBytes
 from autoshard.cost.moves import axes_of
 from autoshard.cost.rates import Rates
 from autoshard.cost.work import Work
 from autoshard.ir.program import Op, Program
 from autoshard.plan.sharded import Dims, ShardedProgram
-
-LocalBytes = Callable[[int, frozenset[str], Meshes, Vector], Vector]
-"""Of a value on one device: value, axes that shard it, meshes, microbatches."""
 
 _FLOAT32_BYTES = 4
 
@@ -71,8 +69,8 @@ class KernelTime:
         traffic_s: Seconds of its memory traffic.
         total_s: Seconds of both, as far as one does not hide the other.
         least_s: No less than this of `total_s` is there however state is stored: of
-            what is not made of the batch only parameters that products read count, and
-            gradients that they write, in their narrowest form.
+            what is not made of the batch only parameters that products read count, in
+            their narrowest form.
     """
 
     kernel: Kernel
@@ -106,7 +104,7 @@ class Compute:
         sharded: The program.
         work: Its facts, from `analyse`.
         moves: What it moves.
-        local_bytes: See `LocalBytes`.
+        local_bytes: Of its values.
     """
 
     def __init__(
@@ -128,8 +126,7 @@ class Compute:
         self._moved: dict[int, list[_Moved]] = {}
         self._least: dict[int, list[_Moved]] = {}
         values = self.program.values
-        of_state = (values[v].dtype.itemsize for v in work.params | work.gradients)
-        self._narrow = min(of_state, default=0)
+        self._narrow = min((values[v].dtype.itemsize for v in work.params), default=0)
 
     def kernels(self, active: frozenset[str]) -> tuple[Kernel, ...]:
         """The kernels on meshes where only these axes have several devices."""
@@ -193,7 +190,8 @@ class Compute:
                 if work.batched[part.value]:
                     least_bytes += size * passes
             for part in self._least[id(kernel)]:
-                size = self.local_bytes(part.value, part.axes, meshes, cuts)
+                # How it is stored may say that it is not padded.
+                size = self.local_bytes.unpadded(part.value, part.axes, meshes, cuts)
                 least_bytes += size * part.passes
             turned = kernel.kind == "copy"
             rate = rates.copy_bytes_per_s if turned else rates.hbm_bytes_per_s
@@ -292,19 +290,15 @@ class Compute:
         if kernel.kind != "product":
             return []
         op, work, values = self.program.ops[kernel.op], self.work, self.program.values
-        read = [
-            (v, self._used(op.index, slot))
+        # What a product reads twice it may read once.
+        read = {
+            work.params[v]: (v, self._used(op.index, slot))
             for slot, v in enumerate(op.inputs)
             if v in work.params and not work.batched[v]
-        ]
-        written = [
-            (v, self._made(v))
-            for v in op.outputs
-            if v in work.gradients and not work.batched[v]
-        ]
+        }
         return [
             _Moved(v, axes, self._narrow / values[v].dtype.itemsize)
-            for v, axes in read + written
+            for v, axes in read.values()
         ]
 
     def _made(self, v: int) -> frozenset[str]:

@@ -28,6 +28,7 @@ import numpy as np
 from autoshard.cost.attention import CONTEXT, Pass, Side
 from autoshard.cost.collectives import Meshes, Vector
 from autoshard.cost.liveness import Buffer
+from autoshard.cost.local import LocalBytes
 from autoshard.cost.moves import axes_of
 from autoshard.cost.work import Work
 from autoshard.ir.mesh import AXES
@@ -37,7 +38,6 @@ FREE = "free"
 """No kind, but what none of them is below: nothing is sent, and nothing more held."""
 _AT, _BEFORE, _BEHIND = (AXES.index(a) for a in ("context", "expert", "tensor"))
 
-LocalBytes = Callable[[int, frozenset[str], Meshes, Vector], Vector]
 Degrees = np.ndarray[Any, np.dtype[np.int64]]
 
 

@@ -204,11 +204,11 @@ def _collectives(
     paths = dict(zip(program.inputs, (i.path for i in traced.inputs), strict=True))
     names = _descendants(pricer, paths)
     found = []
-    for index, reshard in enumerate(pricer.moves):
+    for index, reshard in enumerate(pricer.moved.moves):
         op = program.ops[reshard.op] if reshard.op != OUTPUT else None
         place = segments.of_op[op.index] if op else segments.of_value[reshard.value]
         part = float(share[place, 0]) if share is not None else 1.0
-        for step, time, size, runs in pricer.collective(index, meshes, cuts):
+        for step, time, size, runs in pricer.moved.collective(index, meshes, cuts):
             axes = tuple(a for a in step.axes if meshes.product(frozenset([a]))[0] > 1)
             if not axes or step.kind == "slice" or not part * runs[0]:
                 continue
@@ -233,7 +233,7 @@ def _collectives(
     found += _of_attention(pricer, meshes, cuts, share)
     for exchange in pricer.sharded.exchanges:
         op = program.ops[exchange.op]
-        time, size, runs = pricer.exchange(exchange, meshes, cuts)
+        time, size, runs = pricer.moved.exchange(exchange, meshes, cuts)
         part = float(share[segments.of_op[op.index], 0]) if share is not None else 1.0
         axes = tuple(a for a in exchange.axes if meshes.product(frozenset([a]))[0] > 1)
         if axes:

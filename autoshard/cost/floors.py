@@ -269,6 +269,7 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
         rest, between = np.zeros((2, len(part)))
         kernels, places = np.zeros((PLACES, len(part))), pricer.work.segments.of_op
         attention = [np.zeros(len(part)) for _ in pricer.context.passes]
+        moved = pricer.moved
         for time in pricer.compute.times(part, cuts, rates, update=False):
             # Weights may be read in another precision, or made of state elsewhere.
             rest += time.least_s
@@ -278,13 +279,13 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
         for each in pricer.context.transfers(part, cuts, attention)[0]:
             rest += each.shown_s
             kernels[places[each.op]] += each.shown_s
-        for index, move in enumerate(pricer.moves):
+        for index, move in enumerate(moved.moves):
             # Of state are also what the update moves and where its results go.
-            of_state = index in pricer.prefetched or index in pricer.trailing
+            of_state = index in moved.prefetched or index in moved.trailing
             of_state |= move.op == OUTPUT or pricer.work.update[move.op]
             of_state |= move.value in pricer.work.gradients
             if not of_state and pricer.work.batched[move.value]:
-                for _, time, _, _ in pricer.collective(index, part, cuts):
+                for _, time, _, _ in moved.collective(index, part, cuts):
                     between += time
         none = np.zeros(len(part))
         kind, constants = part.cluster.kind, pricer.constants
@@ -307,13 +308,13 @@ def stored_s(
 
     Returns:
         Those, and of these by place what shows of collectives whatever is computed,
-        float64[place, candidate]; zero where their axes may lie anywhere. What shows of
-        all collectives is spread over places in proportion to what they take; no less
-        does than of those that the next op waits for.
+        float64[place, candidate]. What shows of all collectives is spread over places
+        in proportion to what they take; no less does than of those that the next op
+        waits for. Zero where the order of axes is open, or some others are not there.
     """
 
     def moved(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
-        return pricer.moved_s(part, cuts)
+        return pricer.moved.time_s(part, cuts)
 
     kind, constants = meshes.cluster.kind, pricer.constants
     sums = pricer.apart(meshes, cuts, moved)
@@ -321,7 +322,7 @@ def stored_s(
     none = np.zeros(len(meshes))
     shown = exposed_s(kind, constants, none, none, none, between)
     least = least_s(kind, constants, rest + shown, ahead, after)
-    if meshes.anywhere is not None:
+    if meshes.anywhere is not None or pricer.lacks_moves_of_state:
         return least, np.zeros((PLACES, len(meshes)))
     by_place = sums.sum(axis=0)
     share = by_place / np.maximum(by_place.sum(axis=0), _TINY)

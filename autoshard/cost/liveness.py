@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from autoshard.cost.collectives import Meshes, Vector
+from autoshard.cost.local import LocalBytes
 from autoshard.cost.moves import axes_of, key_of, places_of
 from autoshard.cost.offload import (
     HELD_PIECES,
@@ -84,8 +85,7 @@ class Liveness:
         sharded: The program, traced without microbatches.
         work: Its facts, from `analyse`.
         moves: Its moves, each once.
-        local_bytes: Bytes of a value on one device, by value, axes, meshes and
-            microbatches.
+        local_bytes: Of its values.
         more: Buffers of what is sent in other ways than by moves.
     """
 
@@ -94,7 +94,7 @@ class Liveness:
         sharded: ShardedProgram,
         work: Work,
         moves: Sequence[Reshard],
-        local_bytes: Callable[[int, frozenset[str], Meshes, Vector], Vector],
+        local_bytes: LocalBytes,
         more: Sequence[Buffer] = (),
     ) -> None:
         self._more = tuple(more)

@@ -6,8 +6,7 @@ and microbatch counts as NumPy vectors, so thousands of candidates cost what one
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -22,13 +21,9 @@ from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
 from autoshard.cost.context import ALL_GATHER, FREE, Context, Transfer
 from autoshard.cost.liveness import Liveness
-from autoshard.cost.moves import (
-    Step,
-    axes_of,
-    moves_of_state,
-    steps_of,
-    unique_moves,
-)
+from autoshard.cost.local import LocalBytes
+from autoshard.cost.moved import Moved
+from autoshard.cost.moves import axes_of
 from autoshard.cost.offload import Held, Offload, Phases, host_bytes, transfers_s
 from autoshard.cost.overlap import exposed_s, least_exposed_s
 from autoshard.cost.pipeline import Pipeline
@@ -52,10 +47,7 @@ from autoshard.cost.stages import (
 from autoshard.cost.work import Work
 from autoshard.ir.build import is_transposed
 from autoshard.plan.cluster import Cluster
-from autoshard.plan.sharded import OUTPUT, Exchange, Reshard, ShardedProgram
-
-AHEAD, AFTER, BETWEEN = range(3)
-"""When collectives run: gathers of parameters, sums of gradients, and all others."""
+from autoshard.plan.sharded import ShardedProgram
 
 MEMORY_HEADROOM = 0.94
 """Share of memory that a program may use; the rest is runtime, communication buffers
@@ -103,14 +95,13 @@ class Pricer:
         self.sharded = sharded
         self.work = work
         self.program = sharded.traced.program
+        self.local_bytes = LocalBytes(sharded, work)
+        self.moved = Moved(sharded, work, self.local_bytes)
         self.context = context or Context(ALL_GATHER, 0, (), work, self.local_bytes)
-        self.moves = unique_moves(sharded)
         self.constants = constants or Constants.shipped()
-        self._padded = self._find_padded()
-        self._of_axes = Moves(sharded, self.moves)
+        self._of_axes = Moves(sharded, self.moved.moves)
         self._along: dict[frozenset[str], Pricer] = {}
         self._gathering: Pricer | None = None
-        self.prefetched, self.trailing = moves_of_state(work, self.moves)
         self.liveness = self._find_liveness()
 
     def with_context(self, kind: str, heads: int = 0) -> Pricer:
@@ -143,8 +134,17 @@ class Pricer:
         found._gathering = self
         return found
 
+    @cached_property
+    def lacks_moves_of_state(self) -> bool:
+        """Whether what attention sends in another way is of parameters or gradients."""
+        if self._gathering is None:
+            return False
+        pairs = (self.moved, self._gathering.moved)
+        own, whole = (len(m.prefetched) + len(m.trailing) for m in pairs)
+        return own < whole
+
     def _find_liveness(self) -> Liveness:
-        own = self.sharded, self.work, self.moves, self.local_bytes
+        own = self.sharded, self.work, self.moved.moves, self.local_bytes
         return Liveness(*own, self.context.buffers())
 
     @cached_property
@@ -514,7 +514,7 @@ class Pricer:
         kind, constants = meshes.cluster.kind, self.constants
         sums = np.zeros((3, PLACES, len(meshes)))
         least = np.zeros((3, len(meshes)))
-        for when, place, name, axes, time, size, runs in self._sent(
+        for when, place, name, axes, time, size, runs in self.moved.sent(
             meshes, microbatches
         ):
             sums[when, place] += time
@@ -543,104 +543,6 @@ class Pricer:
         # Attention sends in one order alone, see `Placing`.
         shown = least_exposed_s(kind, constants, work, *least) + late.sum(axis=0)
         return parts, shown
-
-    def moved_s(self, meshes: Meshes, microbatches: Vector) -> Table:
-        """Seconds in collectives, hidden or not, but for what attention sends.
-
-        Returns:
-            Those of `AHEAD`, `AFTER` and `BETWEEN`, by place,
-            float64[3, place, candidate].
-        """
-        sums = np.zeros((3, PLACES, len(meshes)))
-        for when, place, _, _, time, _, _ in self._sent(meshes, microbatches):
-            sums[when, place] += time
-        return sums
-
-    def _sent(
-        self, meshes: Meshes, cuts: Vector
-    ) -> Iterator[tuple[int, int, str, Sequence[str], Vector, Vector, Vector]]:
-        """`(when, place, kind, axes, seconds of a step, bytes of a run, runs)`."""
-        for index, count, when, place in self._moves_apart:
-            for step, time, size, runs in self.collective(index, meshes, cuts):
-                yield (
-                    when,
-                    place,
-                    step.kind,
-                    step.axes,
-                    count * time,
-                    size,
-                    count * runs,
-                )
-        of_op = self.work.segments.of_op
-        for exchange in self.sharded.exchanges:
-            time, size, runs = self.exchange(exchange, meshes, cuts)
-            place = of_op[exchange.op]
-            yield BETWEEN, place, exchange.kind, exchange.axes, time, size, runs
-
-    @cached_property
-    def _moves_apart(self) -> list[tuple[int, int, int, int]]:
-        """`(one move, how many take what it takes, when, place)`.
-
-        Most are like others: weights of one shape, and the two passes over each.
-        """
-        of_op, of_value = self.work.segments.of_op, self.work.segments.of_value
-        first: dict[object, int] = {}
-        counts: Counter[int] = Counter()
-        found = []
-        for index, move in enumerate(self.moves):
-            ahead, after = index in self.prefetched, index in self.trailing
-            when = AHEAD if ahead else AFTER if after else BETWEEN
-            place = of_value[move.value] if move.op == OUTPUT else of_op[move.op]
-            steps, apart, rest = self._steps[index]
-            # All that `collective` takes of a move.
-            like = (
-                when,
-                place,
-                tuple(steps),
-                tuple(apart),
-                rest,
-                self._runs(move),
-                self.program.values[move.value].bytes_,
-                self.work.batched[move.value],
-                tuple(self._padded.get(move.value, ())),
-            )
-            if like not in first:
-                first[like] = index
-                found.append((index, when, place))
-            counts[first[like]] += 1
-        return [(index, counts[index], when, place) for index, when, place in found]
-
-    def _runs(self, move: Reshard) -> tuple[int, bool]:
-        """How often it runs, and whether in every microbatch."""
-        if move.op == OUTPUT:
-            return self.work.alike[move.value], False
-        return self.work.runs[move.op], not self.work.update[move.op]
-
-    def local_bytes(
-        self, value: int, axes: frozenset[str], meshes: Meshes, cuts: Vector
-    ) -> Vector:
-        """Bytes of a value on one device, in one microbatch, padding included."""
-        whole = self.program.values[value].bytes_ / meshes.product(axes)
-        for size, dim in self._padded.get(value, ()):
-            rest = frozenset(dim) - axes
-            if len(rest) < len(dim):
-                ways = meshes.product(frozenset(dim))
-                larger = np.ceil(size / ways) * ways / size
-                # Of the whole dim, but for axes of one device.
-                whole = whole * np.where(meshes.product(rest) > 1, 1.0, larger)
-        return whole / cuts if self.work.batched[value] else whole
-
-    def _find_padded(self) -> dict[int, list[tuple[int, tuple[str, ...]]]]:
-        """Dims per value that some mesh does not divide: those of no power of two."""
-        loose = {(n, axes) for n, axes in self.sharded.padded if n & (n - 1)}
-        found: dict[int, list[tuple[int, tuple[str, ...]]]] = {}
-        if not loose:
-            return found
-        for value, spec in zip(self.program.values, self.sharded.specs, strict=True):
-            pads = [p for p in zip(value.shape, spec, strict=True) if p in loose]
-            if pads:
-                found[value.index] = pads
-        return found
 
     def sent(self, meshes: Meshes, microbatches: Vector) -> list[Transfer]:
         """What attention sends where its keys and values stay in parts."""
@@ -695,53 +597,3 @@ class Pricer:
             for op in self.program.ops
             if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient"
         ]
-
-    def collective(
-        self, index: int, meshes: Meshes, cuts: Vector
-    ) -> list[tuple[Step, Vector, Vector, Vector]]:
-        """`(step, seconds per step of training, bytes of one run, runs)` of a move."""
-        reshard, (steps, apart, rest) = self.moves[index], self._steps[index]
-        often, each_time = self._runs(reshard)
-        runs = np.full(len(meshes), float(often))
-        if each_time:
-            runs = runs * cuts
-        several = [(step, runs) for step in steps]
-        if apart:
-            summed = runs * (meshes.product(rest) > 1)
-            several = [(step, summed) for step in steps]
-            several += [(step, runs - summed) for step in apart]
-        found = []
-        for step, runs in several:
-            size = self.local_bytes(reshard.value, step.large, meshes, cuts)
-            time = runs * meshes.time_s(step.kind, frozenset(step.axes), size)
-            found.append((step, time, size, runs))
-        return found
-
-    @cached_property
-    def _steps(self) -> list[tuple[list[Step], list[Step], frozenset[str]]]:
-        """Per move its steps; and those where there is nothing left to be summed.
-
-        That is where some axes have one device.
-        """
-        found = []
-        for move in self.moves:
-            rest = frozenset(move.unreduced) - axes_of(move.target)
-            at_once = move.at_once and rest
-            apart = steps_of(replace(move, at_once=False)) if at_once else []
-            found.append((steps_of(move), apart, rest))
-        return found
-
-    def exchange(
-        self, exchange: Exchange, meshes: Meshes, cuts: Vector
-    ) -> tuple[Vector, Vector, Vector]:
-        """`(seconds per step of training, bytes of one run, runs)` of an exchange."""
-        op = self.program.ops[exchange.op]
-        runs = np.ones(len(meshes)) * self.work.runs[op.index]
-        if not self.work.update[op.index]:
-            runs = runs * cuts
-        size = self.local_bytes(exchange.value, exchange.held, meshes, cuts)
-        axes = frozenset(exchange.axes)
-        if exchange.rows:
-            local_rows = np.ceil(exchange.dim_size / meshes.product(axes))
-            size = size * exchange.rows / local_rows
-        return runs * meshes.time_s(exchange.kind, axes, size), size, runs

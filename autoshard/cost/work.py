@@ -51,7 +51,8 @@ class Work:
         birth: Per value, the position from which it occupies memory, -1 for never.
         death: Per value, the last position at which it is needed.
         over: Values that are written over the result of a product.
-        params: Values that are parameters, or parts of them, in any form.
+        params: Values that are parameters, or parts of them, in another dtype or
+            transposed; each with the argument that it is of.
         gradients: Values that hold gradients.
         fusions: The kernels that its ops become.
         segments: Where its blocks are, between which stages can be cut.
@@ -74,7 +75,7 @@ class Work:
     birth: tuple[int, ...]
     death: tuple[int, ...]
     over: frozenset[int]
-    params: frozenset[int]
+    params: dict[int, int]
     gradients: frozenset[int]
     alike_ops: tuple[int, ...]
     alike: tuple[int, ...]
@@ -104,6 +105,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
     at = positions(program)
     in_memory = materialised(program, classes, folded)
     birth, death, over = lifetimes(traced, at, in_memory)
+    batched = tuple(any(c in batch for c in dims) for dims in classes.of_value)
     work = Work(
         runs=tuple(
             runs[op.region] * times
@@ -113,7 +115,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
             rule.flops_per_point * prod(rule.sizes, start=1.0) for rule in rules
         ),
         materialised=in_memory,
-        batched=tuple(any(c in batch for c in dims) for dims in classes.of_value),
+        batched=batched,
         batched_op=batched_op,
         update=tuple(UPDATE_SCOPE in op.scope for op in program.ops),
         at=at,
@@ -122,7 +124,9 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
         over=over,
         params=_params(traced),
         gradients=_gradients(program, classes),
-        fusions=Fusions(program, rules, traced.blocks.crossing),
+        fusions=Fusions(
+            program, rules, traced.blocks.crossing, batched if any(batched) else ()
+        ),
         alike_ops=folded.alike_ops,
         alike=folded.alike,
         amid=frozenset(at[op] for op in folded.amid),
@@ -158,22 +162,22 @@ def materialised(
     return tuple(found)
 
 
-def _params(traced: Traced) -> frozenset[int]:
+def _params(traced: Traced) -> dict[int, int]:
     program = traced.program
     found = {
-        value
+        value: value
         for value, info in zip(program.inputs, traced.inputs, strict=True)
         if info.state == "params"
     }
     for op in program.ops:
         if op.primitive == BARRIER:  # its results are its operands
             pairs = zip(op.inputs, op.outputs, strict=True)
-            found.update(result for v, result in pairs if v in found)
+            found.update((result, found[v]) for v, result in pairs if v in found)
             continue
         single = [v for v in op.inputs if v >= 0]
         if len(single) == 1 and single[0] in found and op.primitive in _SAME_VALUE:
-            found.update(op.outputs)
-    return frozenset(found)
+            found.update(dict.fromkeys(op.outputs, found[single[0]]))
+    return found
 
 
 def _gradients(program: Program, classes: DimClasses) -> frozenset[int]:

@@ -163,7 +163,7 @@ def test_keys_and_values_are_not_gathered(kind):
         ops = found.program.ops
         return [
             m
-            for m in found.moves
+            for m in found.moved.moves
             if m.op >= 0
             and any(form in ops[m.op].address for form in ("bqhd,bkhd", "bhqk,bkhd"))
         ]

@@ -49,8 +49,8 @@ STEPS = {
 def volumes(found, meshes, cuts):
     """Bytes per step by kind and axes."""
     table = Counter()
-    for index in range(len(found.moves)):
-        for step, _, size, runs in found.collective(index, meshes, cuts):
+    for index in range(len(found.moved.moves)):
+        for step, _, size, runs in found.moved.collective(index, meshes, cuts):
             if step.kind != "slice":
                 table[step.kind, step.axes] += float(size[0] * runs[0])
     return dict(table)

@@ -197,7 +197,7 @@ def test_an_all_reduce_of_a_tensor_parallel_product():
 def test_on_one_chip_nothing_is_communicated():
     rules = {"batch": ("data",), "mlp": ("tensor",), "seq.residual": ("tensor",)}
     found = pricer(mlp_step(), [ACTIVATIONS], rules, optimizer=("data",))
-    assert found.moves
+    assert found.moved.moves
     assert prices(found).collective_s[0] == 0.0
     assert prices(found, data=2, tensor=2).collective_s[0] > 0.0
 

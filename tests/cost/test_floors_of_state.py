@@ -1,0 +1,141 @@
+"""Bounds that hold however state is stored, on programs in which storage tells.
+
+A bound is found with one storage and held against the price of another.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from autoshard import annotate, train_step
+from autoshard.cost import Pricer, floors
+from autoshard.cost.collectives import Meshes
+from autoshard.cost.rates import Rates
+from autoshard.cost.work import analyse
+from autoshard.ir.mesh import AXES
+from autoshard.ir.trace import trace
+from autoshard.plan.cluster import cluster
+from autoshard.plan.sharded import Layout
+from autoshard.propagate import find_classes, propagate
+
+H100 = cluster("h100:8")
+ROWS = 2**18
+LARGE = 2**20
+STORAGES = (
+    {},
+    {"optimizer": ("fsdp",)},
+    dict.fromkeys(("params", "gradients", "optimizer"), ("fsdp",)),
+    dict.fromkeys(("params", "gradients", "optimizer"), ("context",)),
+)
+
+
+def gram(p, x):
+    """A product that reads one parameter twice."""
+    norms = (p["w"].T @ p["w"]).sum() + jnp.einsum("ij,ij->j", p["w"], p["w"]).sum()
+    return ((x @ p["w"]) ** 2).mean() + jax.lax.stop_gradient(norms)
+
+
+def scaled_twice(p, x):
+    """Two passes over the batch, each with a parameter, of which one is computed on."""
+    first = jnp.tanh(x * p["a"]) @ p["w"]
+    return ((first + jnp.tanh(x * (1 + p["b"])) @ p["z"]) ** 2).mean()
+
+
+def exponential_scale(p, x):
+    """What is made of a parameter alone is costly."""
+    return ((x * jnp.exp(p["a"])) @ p["w"] ** 2).mean()
+
+
+def in_two_halves(p, x):
+    """Parts of a parameter, of odd sizes."""
+    first, second = jnp.split(p["s"], 2, axis=1)
+    hidden = annotate(x @ first, "batch", "mlp") * annotate(x @ second, "batch", "mlp")
+    return (hidden**2).mean()
+
+
+def residual(p, x):
+    """What is between blocks is sharded over an axis that parameters are stored on."""
+    x = annotate(x, "batch", "embed")
+    for into, out in (("w", "v"), ("z", "y")):
+        hidden = annotate(jnp.tanh(x @ p[into]), "batch", "mlp")
+        x = annotate(x + hidden @ p[out], "batch", "embed")
+    return (x**2).mean()
+
+
+WIDE = {"w": (512, 8), "z": (512, 8), "a": (512,), "b": (512,)}
+CASES = [
+    (gram, {"w": (LARGE, 16)}, (64, LARGE)),
+    (scaled_twice, WIDE, (ROWS, 512)),
+    (exponential_scale, WIDE, (ROWS, 512)),
+    (in_two_halves, {"s": (512, 20)}, (ROWS, 512)),
+    (
+        residual,
+        {"w": (512, 64), "z": (512, 64), "v": (64, 512), "y": (64, 512)},
+        (64, 512),
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "shapes", "batch"), CASES, ids=lambda x: str(x)[:20])
+def test_no_storage_is_below_the_bound_of_another(loss, shapes, batch):
+    def marked(p, x):
+        return loss(p, annotate(x, "batch", None))
+
+    def init(key):
+        return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+
+    step = train_step(marked, optax.adam(1e-3), model=init)
+    data = jax.ShapeDtypeStruct(batch, jnp.float32)
+    traced = trace(step, (step.abstract_state(), data))
+    classes = find_classes(traced)
+    work = analyse(traced, classes)
+    rules = {
+        "batch": ("data", "fsdp"),
+        "embed.residual": ("context",),
+        "mlp": ("tensor",),
+    }
+    pricers = [
+        Pricer(
+            propagate(traced, classes, Layout(rules=tuple(rules.items()), **s)), work
+        )
+        for s in STORAGES
+    ]
+    meshes_of = [
+        {"fsdp": 8},
+        {"data": 2, "fsdp": 4},
+        {"context": 8},
+        {"data": 2, "fsdp": 2, "context": 2},
+        {"data": 4, "tensor": 2},
+        {"context": 2, "tensor": 4},
+    ]
+    sizes = np.array([[own.get(axis, 1) for axis in AXES] for own in meshes_of])
+    sizes, cuts = np.tile(sizes, (2, 1)), np.repeat([1.0, 8.0], len(sizes))
+    meshes = Meshes(H100, sizes)
+    rates = Rates.of(H100, pricers[0].constants)
+
+    def products_s(pricer):
+        """Of all products the bound, and what they take: float64[2, candidate]."""
+        times = pricer.compute.times(meshes, cuts, rates, update=False)
+        each = [(t.least_s, t.total_s) for t in times if t.kernel.kind == "product"]
+        return np.sum(each, axis=0)
+
+    tight = 0
+    for first, other in itertools.product(pricers, repeat=2):
+        known = floors.rest_s(first, meshes, cuts)
+        rest = known[1] + floors.summed_s(other, meshes, cuts).sum(axis=0)
+        found, _ = floors.stored_s(other, meshes, cuts, rest)
+        step_s = other.price(H100, sizes, cuts).step_s
+        assert (found <= step_s * (1 + 1e-12)).all()
+        assert (known[0] <= step_s * (1 + 1e-12)).all()
+        kernels = other._kernels(meshes, cuts)
+        computed = (kernels.matmul + kernels.other - kernels.update).sum(axis=0)
+        assert (known[2:].sum(axis=0) <= computed * (1 + 1e-12)).all()
+        assert (products_s(first)[0] <= products_s(other)[1] * (1 + 1e-12)).all()
+        tight += int((found > 0.7 * step_s).sum())
+    assert tight
