@@ -151,7 +151,7 @@ class Compute:
         yield from found.values()
 
     def times(
-        self, meshes: Meshes, cuts: Vector, rates: Rates, update: bool = True
+        self, meshes: Meshes, cuts: Vector, rates: Rates, update: bool | None = None
     ) -> Iterator[KernelTime]:
         """Every kernel, and what all of its runs in a step take.
 
@@ -161,7 +161,8 @@ class Compute:
             meshes: The candidates.
             cuts: float64[candidate]; pieces the batch is cut into.
             rates: Of the chip.
-            update: Whether those of the optimizer are among them.
+            update: Whether only those of the optimizer are asked for, or only the
+                others; all are by default.
 
         Raises:
             InputError: The chip has no peak for a dtype the program multiplies in.
@@ -170,7 +171,7 @@ class Compute:
         for kernel, share in self._shares(meshes):
             if kernel.kind == "copy" and meshes.cluster.kind != "tpu":
                 continue
-            if work.update[kernel.op] and not update:
+            if update not in (None, work.update[kernel.op]):
                 continue
             moved = self._moved.get(id(kernel))
             if moved is None:

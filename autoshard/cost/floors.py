@@ -295,15 +295,30 @@ def rest_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
     return pricer.apart(meshes, cuts, floor)
 
 
+def moved_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
+    """Seconds in collectives, as `Moved.time_s`: float64[3, place, candidate].
+
+    Args:
+        pricer: Of the layout.
+        meshes: As in `rest_s`.
+        cuts: As in `rest_s`.
+    """
+
+    def moved(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
+        return pricer.moved.time_s(part, cuts)
+
+    return pricer.apart(meshes, cuts, moved)
+
+
 def stored_s(
-    pricer: Pricer, meshes: Meshes, cuts: Vector, rest: Vector
+    pricer: Pricer, meshes: Meshes, moved: Table, rest: Vector
 ) -> tuple[Vector, Table]:
     """Seconds of a step at least, with all that this layout moves.
 
     Args:
         pricer: Of the layout.
         meshes: As in `rest_s`.
-        cuts: As in `rest_s`.
+        moved: From `moved_s`.
         rest: Seconds in which a chip computes, at least.
 
     Returns:
@@ -312,19 +327,14 @@ def stored_s(
         in proportion to what they take; no less does than of those that the next op
         waits for. Zero where the order of axes is open, or some others are not there.
     """
-
-    def moved(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
-        return pricer.moved.time_s(part, cuts)
-
     kind, constants = meshes.cluster.kind, pricer.constants
-    sums = pricer.apart(meshes, cuts, moved)
-    ahead, after, between = sums.sum(axis=1)
+    ahead, after, between = moved.sum(axis=1)
     none = np.zeros(len(meshes))
     shown = exposed_s(kind, constants, none, none, none, between)
     least = least_s(kind, constants, rest + shown, ahead, after)
     if meshes.anywhere is not None or pricer.lacks_moves_of_state:
         return least, np.zeros((PLACES, len(meshes)))
-    by_place = sums.sum(axis=0)
+    by_place = moved.sum(axis=0)
     share = by_place / np.maximum(by_place.sum(axis=0), _TINY)
     return least, share * shown
 
@@ -339,6 +349,25 @@ def summed_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
     """
     rates = Rates.of(meshes.cluster, pricer.constants)
     return pricer.summed_s(meshes, cuts, rates)
+
+
+def update_s(pricer: Pricer, meshes: Meshes, cuts: Vector) -> Table:
+    """Seconds in kernels of the optimizer, float64[place, candidate].
+
+    Args:
+        pricer: Of the layout.
+        meshes: As in `rest_s`.
+        cuts: As in `rest_s`.
+    """
+
+    def update(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
+        found, places = np.zeros((PLACES, len(part))), pricer.work.segments.of_op
+        for time in pricer.compute.times(part, cuts, rates, update=True):
+            found[places[time.kernel.op]] += time.total_s
+        return found
+
+    rates = Rates.of(meshes.cluster, pricer.constants)
+    return pricer.apart(meshes, cuts, update)
 
 
 def in_stages(

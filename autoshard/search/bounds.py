@@ -198,19 +198,34 @@ def _moving_s(
     """The same, whatever fits."""
     summed = floors.summed_s(pricer, placing.meshes(sizes), cuts)
     waited, rest = of_step[:2] + summed.sum(axis=0)
-    kernels = of_step[2:] + summed
+    places, every = of_step[2:] + summed, np.arange(len(sizes))
 
-    def bound(meshes: Meshes, rows: Any) -> Vector:
+    def bound(meshes: Meshes, rows: np.ndarray) -> Vector:
         own = pricer, meshes, cuts[rows]
-        stored_s, shown = floors.stored_s(*own, rest[rows])
-        times = stored_s, waited[rows], kernels[:, rows] + shown
-        return floors.in_stages(*own, *times, wanted.pipelines)
+        moved = floors.moved_s(*own)
+        whole, shown = floors.stored_s(pricer, meshes, moved, rest[rows])
+        times = whole, waited[rows], places[:, rows] + shown
+        step_s = floors.in_stages(*own, *times, wanted.pipelines)
+        slow = (meshes.product(STAGE) == 1) | (step_s > wanted.of(rows).step_s)
+        near = np.flatnonzero(~slow) if wanted.pipelines else every[:0]
+        if len(near):
+            # All but the update is waited for, which takes long to find.
+            of, inverse = np.unique(rows[near], return_inverse=True)
+            update = floors.update_s(pricer, placing.meshes(sizes[of]), cuts[of])
+            update, some = update[:, inverse], meshes.take(near)
+            total, at = update.sum(axis=0), rows[near]
+            whole, shown = floors.stored_s(
+                pricer, some, moved[..., near], rest[at] + total
+            )
+            times = whole, whole - total, places[:, at] + update + shown
+            more_s = floors.in_stages(pricer, some, cuts[at], *times, wanted.pipelines)
+            step_s[near] = np.maximum(step_s[near], more_s)
+        return step_s
 
-    every = slice(None)
     if placing.anywhere is None:
         return bound(placing.meshes(sizes), every)
     step_s = np.full(len(sizes), np.inf)
-    near = np.arange(len(sizes))
+    near = every
     of, orders = placing.all_orders(sizes)
     if len(of) > _TOGETHER:
         # No order has every axis where it is fastest: this is quick, and lower.

@@ -162,3 +162,9 @@ def test_no_step_in_stages_is_below_its_bound(schedule, vocab, kind):
     assert own.valid.all()
     assert (found <= step * (1 + 1e-9)).all()
     assert (found > 0.9 * step).any()
+    # With the update known, all else is what is waited for.
+    all_ = least_s(kind, pricer.constants, rest + update.sum(axis=0), *sums[:2])
+    times = all_, all_ - update.sum(axis=0), known + update
+    closer = floors.in_stages(pricer, meshes, pieces, *times, [how])
+    assert (closer <= step * (1 + 1e-9)).all()
+    assert np.mean(closer / step) > np.mean(found / step)

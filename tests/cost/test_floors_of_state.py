@@ -128,8 +128,11 @@ def test_no_storage_is_below_the_bound_of_another(loss, shapes, batch):
     tight = 0
     for first, other in itertools.product(pricers, repeat=2):
         known = floors.rest_s(first, meshes, cuts)
-        rest = known[1] + floors.summed_s(other, meshes, cuts).sum(axis=0)
-        found, _ = floors.stored_s(other, meshes, cuts, rest)
+        own = meshes, cuts
+        state_s = floors.summed_s(other, *own) + floors.update_s(other, *own)
+        moved = floors.moved_s(other, *own)
+        rest = known[1] + state_s.sum(axis=0)
+        found, _ = floors.stored_s(other, meshes, moved, rest)
         step_s = other.price(H100, sizes, cuts).step_s
         assert (found <= step_s * (1 + 1e-12)).all()
         assert (known[0] <= step_s * (1 + 1e-12)).all()

@@ -141,7 +141,8 @@ def test_no_order_is_faster_than_its_bound(seed, chips):
     bound = structure.pricer.price(there, sizes, pieces, anywhere=places).least_s
     free = Meshes(there, sizes, anywhere=places)
     whole_s, rest_s, *_ = floors.rest_s(structure.pricer, free, pieces)
-    stored_s, _ = floors.stored_s(structure.pricer, free, pieces, rest_s)
+    moved = floors.moved_s(structure.pricer, free, pieces)
+    stored_s, _ = floors.stored_s(structure.pricer, free, moved, rest_s)
     rng = np.random.default_rng(seed)
     for _ in range(30):
         orders = rng.permuted(np.tile(np.arange(len(AXES)), (len(sizes), 1)), axis=1)
