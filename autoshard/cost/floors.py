@@ -378,6 +378,7 @@ def in_stages(
     waited: Vector,
     kernels: Table,
     pipelines: Sequence[Pipeline],
+    update: Table | None = None,
 ) -> Vector:
     """A bound on a step whose blocks are spread over stages.
 
@@ -396,6 +397,7 @@ def in_stages(
             float64[place, candidate].
         pipelines: How stages may take turns; without any, `stage` is an axis like any
             other.
+        update: Of `kernels`, what is not waited for, as far as it is among them.
     """
     stages, constants = meshes.product(STAGE), pricer.constants
     several = stages > 1
@@ -403,17 +405,21 @@ def in_stages(
         return whole
     sent = pricer.apart(meshes, cuts, lambda by, part, own, _: by.sent_bytes(part, own))
     zero_bubble, blocks = constants["pipeline.zero_bubble"], pricer.work.segments.blocks
-    everywhere = (stages - 1) * kernels[ALL]
+    late = np.zeros_like(kernels) if update is None else update
     found = np.full(len(meshes), np.finfo(float).max)
     for how in pipelines:
         at_ends = how.vocab != "spread"
-        more = everywhere + (kernels[BOTH] if at_ends else 0.0)
+        more, not_waited = (
+            (stages - 1) * table[ALL] + float(at_ends) * table[BOTH]
+            for table in (kernels, late)
+        )
         slowest = (whole + more) / stages
         if not how.blocks:
             least = _slowest_s(kernels, stages, float(blocks), at_ends=at_ends)
             slowest = np.maximum(slowest, least)
         wait = bubble_share(how.schedule, stages, cuts, zero_bubble) / how.virtual
-        step = slowest + wait * np.maximum(waited + more - slowest, 0.0) / cuts
+        others = waited + more - not_waited - slowest
+        step = slowest + wait * np.maximum(others, 0.0) / cuts
         # What both ends have is not counted: it may be nothing.
         step += sent_s(how, meshes, cuts, sent, np.zeros(1), constants)
         can = cuttable(how, blocks, stages, cuts)

@@ -218,7 +218,9 @@ def _moving_s(
                 pricer, some, moved[..., near], rest[at] + total
             )
             times = whole, whole - total, places[:, at] + update + shown
-            more_s = floors.in_stages(pricer, some, cuts[at], *times, wanted.pipelines)
+            more_s = floors.in_stages(
+                pricer, some, cuts[at], *times, wanted.pipelines, update
+            )
             step_s[near] = np.maximum(step_s[near], more_s)
         return step_s
 

@@ -165,6 +165,6 @@ def test_no_step_in_stages_is_below_its_bound(schedule, vocab, kind):
     # With the update known, all else is what is waited for.
     all_ = least_s(kind, pricer.constants, rest + update.sum(axis=0), *sums[:2])
     times = all_, all_ - update.sum(axis=0), known + update
-    closer = floors.in_stages(pricer, meshes, pieces, *times, [how])
+    closer = floors.in_stages(pricer, meshes, pieces, *times, [how], update)
     assert (closer <= step * (1 + 1e-9)).all()
     assert np.mean(closer / step) > np.mean(found / step)
