@@ -151,7 +151,6 @@ def kernels(
     rules: Sequence[FactorRule],
     needed: Collection[int],
     ops: Sequence[Op] | None = None,
-    batched: Sequence[bool] = (),
 ) -> tuple[Kernel, ...]:
     """The kernels of a program, in the order in which they start.
 
@@ -160,9 +159,6 @@ def kernels(
         rules: Factor rule per op.
         needed: Values that must exist in memory.
         ops: Only those of some of its ops, as `apart` finds them.
-        batched: Per value, whether it is made of the batch; by default all may be.
-            What is not can be made before all else, wherever it is in the program: in
-            which kernels the batch is worked on does not hang on how state is stored.
 
     >>> import numpy as np
     >>> from autoshard.ir.trace import trace
@@ -172,7 +168,7 @@ def kernels(
     >>> [kernel.kind for kernel in kernels(program, rules, program.outputs)]
     ['product']
     """
-    fusion = _Fusion(program, rules, needed, batched or [True] * len(program.values))
+    fusion = _Fusion(program, rules, needed)
     return (*fusion.run(program.ops if ops is None else ops), *fusion.copies())
 
 
@@ -184,10 +180,8 @@ class _Fusion:
         program: Program,
         rules: Sequence[FactorRule],
         needed: Collection[int],
-        batched: Sequence[bool],
     ) -> None:
         self.program, self.rules, self.needed = program, rules, needed
-        self.batched = batched
         self.found: list[Kernel] = []
         self.recipes: dict[int, _Recipe] = {}
         # Kernel that has a value at hand, and how to make it from what that writes.
@@ -198,7 +192,6 @@ class _Fusion:
         self.turned: set[int] = set()  # made by a product, with other minor dims
         self.closed: set[int] = set()  # to be joined by nothing that comes later
         self.after: list[int] = []  # per kernel, the last one that it waits for
-        self.early: set[int] = set()  # of parameters alone: these wait for nothing
         self.same: dict[int, int] = {}
         # Per value the kernels that read or write it.
         self.touching: dict[int, set[int]] = defaultdict(set)
@@ -258,9 +251,7 @@ class _Fusion:
             recipe = _Recipe.of(outer, 1 + spread, costly, width)
             for result in op.outputs:
                 self.recipes[result] = recipe
-                # What is repeated for no other kernel is kept, moved or not.
-                kept = recipe.costly and self._of_state(op, result)
-                if (kept or result in self.needed) and recipe.reads:
+                if result in self.needed and recipe.reads:
                     self._write(result)
             return
         index, _ = host
@@ -344,7 +335,6 @@ class _Fusion:
             others |= {self.home[r] for r in reads if r in self.home} - {
                 index if v not in self.recipes else -1
             }
-        others -= self.early
         # What waits for this kernel comes too late for it.
         late = {other for other in others if other >= index}
         if any(other == index or self.after[other] >= index for other in late):
@@ -403,16 +393,12 @@ class _Fusion:
     def _when(self, v: int) -> int:
         """The last kernel that must have run before another may read a value."""
         index = self.home.get(v, -1)
-        scalar = index >= 0 and self._numel(self.found[index].space) == 1
-        if not (scalar or index in self.early):
+        if index < 0 or self._numel(self.found[index].space) > 1:
             return index
-        return self.after[index]  # it can run as early as it may
+        return self.after[index]  # a scalar's kernel can run as early as it may
 
     def _add(self, kernel: Kernel) -> None:
         self.after.append(max((self._when(v) for v in kernel.reads), default=-1))
-        op, own = self.program.ops[kernel.op], (kernel.space, *kernel.reads)
-        if self.after[-1] < 0 and self._of_state(op, *own):
-            self.early.add(len(self.found))
         for v in kernel.reads:
             self.touching[v].add(len(self.found))
         self.found.append(kernel)
@@ -463,12 +449,6 @@ class _Fusion:
         """Where an op runs: loop body, and forward and backward pass or update."""
         found = self.program.ops[op]
         return found.region, UPDATE_SCOPE in found.scope
-
-    def _of_state(self, op: Op, *values: int) -> bool:
-        """Whether an op of the two passes is on no value of the batch."""
-        some = not any(self.batched[v] for v in values)
-        large = any(self._numel(v) > 1 for v in values)
-        return some and large and UPDATE_SCOPE not in op.scope
 
     def _numel(self, v: int) -> int:
         value = self.program.values[v]

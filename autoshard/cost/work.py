@@ -105,7 +105,6 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
     at = positions(program)
     in_memory = materialised(program, classes, folded)
     birth, death, over = lifetimes(traced, at, in_memory)
-    batched = tuple(any(c in batch for c in dims) for dims in classes.of_value)
     work = Work(
         runs=tuple(
             runs[op.region] * times
@@ -115,7 +114,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
             rule.flops_per_point * prod(rule.sizes, start=1.0) for rule in rules
         ),
         materialised=in_memory,
-        batched=batched,
+        batched=tuple(any(c in batch for c in dims) for dims in classes.of_value),
         batched_op=batched_op,
         update=tuple(UPDATE_SCOPE in op.scope for op in program.ops),
         at=at,
@@ -124,9 +123,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
         over=over,
         params=_params(traced),
         gradients=_gradients(program, classes),
-        fusions=Fusions(
-            program, rules, traced.blocks.crossing, batched if any(batched) else ()
-        ),
+        fusions=Fusions(program, rules, traced.blocks.crossing),
         alike_ops=folded.alike_ops,
         alike=folded.alike,
         amid=frozenset(at[op] for op in folded.amid),

@@ -21,7 +21,6 @@ class Fusions:
         program: The program.
         rules: Factor rule per op.
         crossing: Values that go from copy to copy of a block, as what a loop carries.
-        batched: See `fusion.kernels`.
     """
 
     def __init__(
@@ -29,10 +28,8 @@ class Fusions:
         program: Program,
         rules: Sequence[FactorRule],
         crossing: Collection[int],
-        batched: Sequence[bool] = (),
     ) -> None:
         self._program, self._rules = program, rules
-        self._batched = batched
         self._always = {v for v in program.outputs if v >= 0} | {*crossing}
         self._same = [op for op in reversed(program.ops) if op.primitive in SAME]
         for op in program.ops:
@@ -71,9 +68,7 @@ class Fusions:
         if key not in self._found:
             self._found[key] = tuple(
                 self._one.setdefault(_content(kernel), kernel)
-                for kernel in kernels(
-                    self._program, self._rules, key[1], ops, self._batched
-                )
+                for kernel in kernels(self._program, self._rules, key[1], ops)
             )
         return self._found[key]
 

@@ -228,18 +228,11 @@ class Decisions:
         return tuple(canonical(tuple(dim), where) for dim in op.params["names"])
 
     def _op_axes(self, op: Op, rule: FactorRule) -> Dims:
-        # What is stored otherwise comes as it is computed with: how an op is divided
-        # does not hang on storage.
         operands = [
-            (self._computed(v), v not in self.free) if v >= 0 else ((), False)
+            (self.specs[v] or (), v not in self.free) if v >= 0 else ((), False)
             for v in op.inputs
         ]
         return self.wants.op_axes(op, rule, operands)
-
-    def _computed(self, value: int) -> Dims:
-        if value in self.stored:
-            return self.wants.value_dims(value, None)
-        return self.specs[value] or ()
 
     def _link_axes(self, op: Op, rule: FactorRule) -> Dims:
         """A loop takes values as they come in, and as they must go on or go out."""
