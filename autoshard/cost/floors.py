@@ -6,9 +6,9 @@ how state is stored share a bound. What storage moves of state is found apart.
 
 That is so where ops on the batch become the same kernels however state is stored. It is
 not where what is made of parameters, and moved under one storage only, decides whether
-two passes over the batch are one (`x * a` and `x * (1 + b)`), or whether a product makes
-its operand itself (`x * exp(p)`); nor where a leaf that is stored in pieces is joined with
-values of the batch: there a bound may be above a price.
+two passes over the batch are one (`x * a` and `x * (1 + b)`), or whether a product
+makes its operand itself (`x * exp(p)`); nor where a leaf that is stored in pieces is
+joined with values of the batch: there a bound may be above a price.
 """
 
 from __future__ import annotations
