@@ -291,12 +291,14 @@ class Compute:
         if kernel.kind != "product":
             return []
         op, work, values = self.program.ops[kernel.op], self.work, self.program.values
-        # What a product reads twice it may read once.
-        read = {
-            work.params[v]: (v, self._used(op.index, slot))
-            for slot, v in enumerate(op.inputs)
-            if v in work.params and not work.batched[v]
-        }
+        # What a product reads twice it may read once, where it has the least of it.
+        read: dict[int, tuple[int, frozenset[str]]] = {}
+        for slot, v in enumerate(op.inputs):
+            if v in work.params and not work.batched[v]:
+                root, axes = work.params[v], self._used(op.index, slot)
+                other, more = read.get(root, (v, axes))
+                small = min(v, other, key=lambda each: values[each].bytes_)
+                read[root] = small, axes | more
         return [
             _Moved(v, axes, self._narrow / values[v].dtype.itemsize)
             for v, axes in read.values()
