@@ -27,6 +27,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from autoshard.cost.early import Early
 from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.rules import FactorRule
@@ -151,14 +152,17 @@ def kernels(
     rules: Sequence[FactorRule],
     needed: Collection[int],
     ops: Sequence[Op] | None = None,
+    early: Early | None = None,
 ) -> tuple[Kernel, ...]:
-    """The kernels of a program, in the order in which they start.
+    """The kernels of a program, in an order in which they can run.
 
     Args:
         program: The program.
         rules: Factor rule per op.
         needed: Values that must exist in memory.
         ops: Only those of some of its ops, as `apart` finds them.
+        early: Values that are made before all others, wherever the program makes them;
+            none by default.
 
     >>> import numpy as np
     >>> from autoshard.ir.trace import trace
@@ -168,7 +172,7 @@ def kernels(
     >>> [kernel.kind for kernel in kernels(program, rules, program.outputs)]
     ['product']
     """
-    fusion = _Fusion(program, rules, needed)
+    fusion = _Fusion(program, rules, needed, early or Early())
     return (*fusion.run(program.ops if ops is None else ops), *fusion.copies())
 
 
@@ -180,8 +184,10 @@ class _Fusion:
         program: Program,
         rules: Sequence[FactorRule],
         needed: Collection[int],
+        early: Early,
     ) -> None:
         self.program, self.rules, self.needed = program, rules, needed
+        self.early = early
         self.found: list[Kernel] = []
         self.recipes: dict[int, _Recipe] = {}
         # Kernel that has a value at hand, and how to make it from what that writes.
@@ -197,15 +203,42 @@ class _Fusion:
         self.touching: dict[int, set[int]] = defaultdict(set)
 
     def run(self, ops: Iterable[Op]) -> list[Kernel]:
+        first: list[Op] = []
+        rest: list[Op] = []
         for op in ops:
-            rule = self.rules[op.index]
-            kind = rule.op_kind
             if op.primitive in SAME:
                 for v, result in zip(op.inputs, op.outputs, strict=True):
                     self.same[result] = self.same.get(v, v)
-            elif kind in ("link", "collective"):
-                continue
-            elif kind in _POINTWISE:
+            elif self.rules[op.index].op_kind not in ("link", "collective"):
+                (first if self._is_early(op) else rest).append(op)
+        self._visit(first)
+        for op in rest:
+            self._settle(op)
+        self._visit(rest)
+        return self.found
+
+    def _settle(self, op: Op) -> None:
+        """Writes early values that no kernel of a later op makes for itself.
+
+        What is costly is not repeated for each element of the batch that meets it.
+        """
+        kind = self.rules[op.index].op_kind
+        made = kind in _POINTWISE or kind == "reduce"
+        met = self.early.met.get(op.index, ()) if made else op.inputs
+        apart = not (made or is_optional(op, self.rules[op.index]))
+        for v in sorted({self.same.get(v, v) for v in met}):
+            recipe = self.recipes.get(v)
+            if recipe and recipe.reads and (recipe.costly or apart):
+                self._write(v)
+
+    def _is_early(self, op: Op) -> bool:
+        return all(v in self.early for v in op.outputs)
+
+    def _visit(self, ops: Iterable[Op]) -> None:
+        for op in ops:
+            rule = self.rules[op.index]
+            kind = rule.op_kind
+            if kind in _POINTWISE:
                 self._pointwise(op)
             elif kind == "reduce":
                 self._reduce(op)
@@ -213,7 +246,6 @@ class _Fusion:
                 self._product(op)
             else:
                 self._apart(op)
-        return self.found
 
     def copies(self) -> list[Kernel]:
         """Copies of arguments and results to another layout, on TPUs."""
@@ -318,7 +350,10 @@ class _Fusion:
     def _host(self, op: Op) -> tuple[int, Kernel] | None:
         """The product in whose kernel an op can run, if any."""
         inputs = [v for _, v in self._inputs(op)]
-        homes = [self.home[v] for v in inputs if v in self.home]
+        own = [v for v in inputs if v in self.home]
+        if not self._is_early(op):
+            own = [v for v in own if v not in self.early]
+        homes = [self.home[v] for v in own]
         index = max((h for h in homes if self.found[h].kind == "product"), default=-1)
         if index < 0 or self._group(self.found[index].op) != self._group(op.index):
             return None
@@ -358,11 +393,12 @@ class _Fusion:
         """A kernel for a recipe: one of its shape that reads the same, or a new one."""
         latest = max((self._when(v) for v in recipe.reads), default=-1)
         size, group = self._numel(space), self._group(op.index)
-        # Only those that share more than a scalar with it.
+        # Only those that share more than a scalar with it, or than what is early.
+        own = UPDATE_SCOPE in op.scope or self._is_early(op)
         near = {
             index
             for v in recipe.reads
-            if self._numel(v) != 1
+            if self._numel(v) != 1 and (own or v not in self.early)
             for index in self.touching[v]
             if index >= latest
         }

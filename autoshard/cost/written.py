@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from autoshard.cost.early import Early
 from autoshard.cost.fusion import SAME, Kernel, apart, is_optional, kernels
 from autoshard.ir.program import LINK, Program
 from autoshard.rules import FactorRule
@@ -21,6 +22,7 @@ class Fusions:
         program: The program.
         rules: Factor rule per op.
         crossing: Values that go from copy to copy of a block, as what a loop carries.
+        early: Values that are made first.
     """
 
     def __init__(
@@ -28,8 +30,9 @@ class Fusions:
         program: Program,
         rules: Sequence[FactorRule],
         crossing: Collection[int],
+        early: Early,
     ) -> None:
-        self._program, self._rules = program, rules
+        self._program, self._rules, self._early = program, rules, early
         self._always = {v for v in program.outputs if v >= 0} | {*crossing}
         self._same = [op for op in reversed(program.ops) if op.primitive in SAME]
         for op in program.ops:
@@ -68,7 +71,9 @@ class Fusions:
         if key not in self._found:
             self._found[key] = tuple(
                 self._one.setdefault(_content(kernel), kernel)
-                for kernel in kernels(self._program, self._rules, key[1], ops)
+                for kernel in kernels(
+                    self._program, self._rules, key[1], ops, self._early
+                )
             )
         return self._found[key]
 

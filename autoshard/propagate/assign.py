@@ -148,7 +148,7 @@ class _Propagation(Decisions):
             )
             self.specs[value] = stored
             if stored != dims:
-                self.stored[value] = stored
+                self.stored[value], self.plain[value] = stored, dims
         return tuple(compute)
 
     # -- one op ------------------------------------------------------------------
@@ -171,6 +171,7 @@ class _Propagation(Decisions):
             wants.wish_of_factor[index],
             op.params["kind"] if name == LINK else name if name in _NAMED else "",
             outputs[0] in wants.activations if outputs else False,
+            self.under.updates[index],
             *seen,
             *[state[v] for v in outputs],
             *([wants.claims.get(v) for v in outputs] if wants.claims else ()),
@@ -253,7 +254,7 @@ class _Propagation(Decisions):
         """A number for all that ops see of a value."""
         key = (
             self.specs[value],
-            value in self.stored,
+            self.plain.get(value),
             value in self.free,
             value in self.wants.activations,
         )
@@ -265,8 +266,9 @@ class _Propagation(Decisions):
             self.specs[value] = spec
         if outcome.quiet:
             return
-        for k in outcome.stored:
-            self.stored[op.outputs[k]] = outcome.specs[k]
+        for k, plain in zip(outcome.stored, outcome.plain, strict=True):
+            v = op.outputs[k]
+            self.stored[v], self.plain[v] = outcome.specs[k], plain
         for k in outcome.free:
             self.free.add(op.outputs[k])
         for k, is_result, source, unreduced, target in outcome.reshards:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from autoshard.ir.program import BARRIER, LINK, Op
 from autoshard.ir.trace import Traced
+from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.plan.sharded import DimClasses, Dims, Layout
 from autoshard.propagate.project import (
     factors_from,
@@ -34,6 +35,7 @@ class Outcome:
         axes: Axes per factor.
         specs: Spec per result.
         stored: Results that are in their storage spec.
+        plain: Spec that each of these would have if nothing were stored otherwise.
         free: Results that are made of constants only.
         reshards: `(slot number, is result, source, unreduced, target)`.
         pins: Slots to pin.
@@ -48,6 +50,7 @@ class Outcome:
     free: tuple[int, ...]
     reshards: tuple[tuple[int, bool, Dims, tuple[str, ...], Dims], ...]
     pins: tuple[str, ...]
+    plain: tuple[Dims, ...] = ()
     states: tuple[int, ...] = ()
     quiet: bool = False
     asked: frozenset[tuple[int, tuple[str, ...]]] = frozenset()
@@ -69,6 +72,7 @@ class UnderRules:
         sums: Partial sums that are added before they are reduced.
         outcomes: By all that the outcome of an op hangs on.
         states: A number for all that ops see of a value.
+        updates: Per op, whether it is of an update of state.
     """
 
     def __init__(self, traced: Traced, classes: DimClasses, layout: Layout) -> None:
@@ -76,6 +80,7 @@ class UnderRules:
         self.sums: Sums = find_sums(traced.program, classes, self.wants)
         self.outcomes: dict[object, Outcome] = {}
         self.states: dict[object, int] = {}
+        self.updates = [UPDATE_SCOPE in op.scope for op in traced.program.ops]
         self._common = _common(layout)
 
     def has(self, layout: Layout) -> bool:
@@ -99,6 +104,7 @@ class Decisions:
         specs: Spec per value that is known so far.
         free: Values made of constants only.
         stored: Values in their storage spec, and that spec.
+        plain: Of these, the spec they would have if nothing were stored otherwise.
         targets: Specs that values take at the op that makes them.
     """
 
@@ -109,6 +115,7 @@ class Decisions:
     specs: list[Dims | None] = field(default_factory=list)
     free: set[int] = field(default_factory=set)
     stored: dict[int, Dims] = field(default_factory=dict)
+    plain: dict[int, Dims] = field(default_factory=dict)
     targets: dict[int, Dims] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,7 +174,11 @@ class Decisions:
             result = self.gradient_dims(op)
             axes = factors_from(rule, rule.results[0], result)
             result_stored = result != self.wants.value_dims(op.outputs[0], None)
-        elif stored and rule.op_kind in ("elementwise", "move", "reduce"):
+        elif (
+            stored
+            and rule.op_kind in ("elementwise", "move", "reduce")
+            and not self._meets_data(op)
+        ):
             most = max(stored, key=lambda v: sum(len(d) for d in self.stored[v]))
             slot = op.inputs.index(most)
             axes = factors_from(rule, rule.operands[slot], self.stored[most])
@@ -190,9 +201,33 @@ class Decisions:
             and op.region not in self.wants.manual
         ):
             pins.append("out0")
+        plain = self._plain(op, rule) if kept else ()
         return Outcome(
-            axes, tuple(specs), tuple(kept), tuple(free), tuple(reshards), tuple(pins)
+            axes,
+            *(tuple(specs), tuple(kept), tuple(free), tuple(reshards), tuple(pins)),
+            plain=tuple(plain[k] for k in kept),
         )
+
+    def _meets_data(self, op: Op) -> bool:
+        """Whether an op of the two passes works on what is made of the data, too.
+
+        How that is divided does not hang on how state is stored.
+        """
+        known = self.stored.keys() | self.free
+        return not self.under.updates[op.index] and any(
+            v in self.wants.activations and v not in known for v in op.inputs
+        )
+
+    def _plain(self, op: Op, rule: FactorRule) -> list[Dims]:
+        """Spec per result if nothing were stored otherwise than as it is used."""
+        if op.primitive == LINK:
+            source = self._used(op.inputs[0])
+            axes = factors_from(rule, rule.operands[0], source)
+        else:
+            axes = self._op_axes(op, rule)
+        made = natural_dims(rule, sound(op, rule, axes, self.wants.divides))
+        pairs = zip(op.outputs, made, strict=True)
+        return [self.wants.value_dims(v, natural) for v, natural in pairs]
 
     def _divides(self, rule: FactorRule, axes: Dims) -> bool:
         """Whether what is stored divides further on, too, where sizes are known."""
@@ -214,7 +249,8 @@ class Decisions:
                     axes[dim[0]] = wanted
         stored = tuple(k for k, v in enumerate(op.inputs) if v in self.stored)
         free = tuple(k for k, v in enumerate(op.inputs) if v in self.free)
-        return Outcome(tuple(axes), tuple(specs), stored, free, (), ())
+        plain = tuple(self.plain[op.inputs[k]] for k in stored)
+        return Outcome(tuple(axes), tuple(specs), stored, free, (), (), plain)
 
     def end_of(self, role: Role) -> Dims:
         """The spec in which a delayed sum is reduced."""
@@ -228,11 +264,17 @@ class Decisions:
         return tuple(canonical(tuple(dim), where) for dim in op.params["names"])
 
     def _op_axes(self, op: Op, rule: FactorRule) -> Dims:
+        # An update is divided as state is stored, the two passes as if it were not.
+        spec = self.specs.__getitem__ if self.under.updates[op.index] else self._used
         operands = [
-            (self.specs[v] or (), v not in self.free) if v >= 0 else ((), False)
+            (spec(v) or (), v not in self.free) if v >= 0 else ((), False)
             for v in op.inputs
         ]
         return self.wants.op_axes(op, rule, operands)
+
+    def _used(self, value: int) -> Dims | None:
+        """The spec of a value, or that in which it is used if it is stored."""
+        return self.plain.get(value, self.specs[value])
 
     def _link_axes(self, op: Op, rule: FactorRule) -> Dims:
         """A loop takes values as they come in, and as they must go on or go out."""

@@ -6,9 +6,11 @@ afterwards; so the spec in which a gradient is stored reaches back to its origin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from autoshard.ir.program import BARRIER, LINK, Op, Program
+from autoshard.ir.train_step import UPDATE_SCOPE
 from autoshard.plan.sharded import Dims
 from autoshard.propagate.project import factors_from, natural_dims, runs_with, spec_of
 from autoshard.rules import FactorRule
@@ -26,7 +28,9 @@ def gradient_targets(
 
     Walks the ops backwards through point-by-point ops and links, from the marks of a
     `TrainStep` and from where optimizer state is met; stops at the first op of another
-    kind, which is the one that makes the gradient.
+    kind, which is the one that makes the gradient. What a `TrainStep` uses otherwise,
+    too, is not on the way: how the batch is worked on does not hang on how gradients
+    are stored.
 
     Args:
         program: The program.
@@ -41,6 +45,9 @@ def gradient_targets(
     targets: dict[int, Dims] = {}
     met = _optimizer_ops(program, rules, stored)
     inputs = set(program.inputs)
+    marked = any(_is_mark(op) for op in program.ops)
+    others = Counter(v for op in program.ops for v in {*op.inputs} if v >= 0)
+    others.update(program.outputs)
     ways_back: dict[tuple[int, Dims], tuple[Dims, ...]] = {}
 
     def ask(value: int, dims: Dims) -> None:
@@ -53,12 +60,20 @@ def gradient_targets(
             targets[value] = max(have, dims, key=_most)
 
     for op, rule in zip(reversed(program.ops), reversed(rules), strict=True):
-        if op.primitive == "autoshard_annotate" and op.params["role"]:
+        if _is_mark(op):
             ask(op.inputs[0], gradient_dims(op))
+            others[op.inputs[0]] -= 1
             continue
+        wanted = None
+        if not marked or UPDATE_SCOPE in op.scope:
+            wanted = met.get(op.index)
+        else:
+            for v in op.outputs:
+                if others[v]:
+                    targets.pop(v, None)
         if rule.op_kind not in ("elementwise", "move", "link"):
             continue
-        wanted = targets.get(op.outputs[0]) or met.get(op.index)
+        wanted = targets.get(op.outputs[0], wanted)
         if wanted is None:
             continue
         if op.primitive == BARRIER:
@@ -72,7 +87,12 @@ def gradient_targets(
         for value, dims in zip(op.inputs, back, strict=False):
             if value >= 0 and dims and value not in inputs:
                 ask(value, dims)
+        others.subtract({*op.inputs} if back else ())
     return targets
+
+
+def _is_mark(op: Op) -> bool:
+    return op.primitive == "autoshard_annotate" and bool(op.params["role"])
 
 
 def _most(dims: Dims) -> tuple[int, Dims]:
