@@ -4,11 +4,9 @@ The kernels of the forward and backward passes, the collectives on activations a
 is in memory of activations depend on rules and remat alone: candidates that differ in
 how state is stored share a bound. What storage moves of state is found apart.
 
-That is so where ops on the batch become the same kernels however state is stored. It is
-not where what is made of parameters, and moved under one storage only, decides whether
-two passes over the batch are one (`x * a` and `x * (1 + b)`), or whether a product
-makes its operand itself (`x * exp(p)`); nor where a leaf that is stored in pieces is
-joined with values of the batch: there a bound may be above a price.
+That is so because ops on the batch are divided as if nothing were stored otherwise than
+it is used (`autoshard.propagate.decide`), and become the same kernels, as what is made
+of state alone is made before them (`autoshard.cost.early`).
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ moved. Ops that look the same from where they stand (the copies of a layer) have
 same outcome, which is worked out once.
 
 State has two specs (ZeRO). Its storage spec holds along chains of point-by-point ops
-(casts, optimizer arithmetic); the first op that needs more gathers it. Gradients take
-their storage spec at the op that makes them, so that partial sums are scattered rather
-than summed everywhere.
+(casts, optimizer arithmetic); the first op that needs more, or that works on what is
+made of the data, gathers it. Gradients take their storage spec at the op that makes
+them, so that partial sums are scattered rather than summed everywhere.
 """
 
 from __future__ import annotations
