@@ -328,7 +328,7 @@ class Space:
             new = alike.distinct(structure, sketch.names)
             sets = self.offloads(strategy, cluster, sketch, structure.schedule.remat)
             watch.alike += int((~new).sum())
-            here = np.flatnonzero(new)
+            here = sieve.by_known(structure, sets, np.flatnonzero(new))
             if len(space.context_kinds(strategy, structure.rules)) > 1:
                 here = sieve.whatever_kind(structure, sketch, open_, sets, here)
             parts = sieve.parts(structure, sketch, placing, sets, here)

@@ -80,9 +80,6 @@ class Sieve:
             return []
         if self._watch.best is None:
             return list(self._dividing(structure, sketch, here))
-        before_s = self._known.floor_s(structure, offloads, self._number)
-        if before_s is not None:
-            here = here[self._watch.lets(before_s[here])]
         bounds = self._under_rules(self._own, *asked, here)
         here = here[self._watch.lets(bounds.floor_s(here))]
         found = []
@@ -90,6 +87,15 @@ class Sieve:
             floors_s = self._floors_s(pricer, bounds, *asked, at)
             found.append((pricer, at[self._watch.lets(floors_s)]))
         return found
+
+    def by_known(
+        self, structure: Strategy, offloads: Sequence[Offload], here: np.ndarray
+    ) -> np.ndarray:
+        """Those that are let through by what earlier searches found; see `parts`."""
+        if self._watch.best is None or not len(here):
+            return here
+        before_s = self._known.floor_s(structure, offloads, self._number)
+        return here if before_s is None else here[self._watch.lets(before_s[here])]
 
     def whatever_kind(
         self,

@@ -190,13 +190,14 @@ class Solver:
         Raises:
             InfeasibleError: Nothing divides, or nothing fits in memory.
         """
+        mixes = self.strategy.schedule.remat == "mix"
         # Of the best by the price of the search, some may not fit with their
-        # microbatches traced.
-        for best in (top + _SPARE, None):
+        # microbatches traced; mostly they do.
+        for best in (*(() if mixes else (top,)), top + _SPARE, None):
             explored = self.explored(best)
             found = self._written(explored, self._different(explored), top)
             # All are priced only with one policy for all blocks.
-            mixed = self.strategy.schedule.remat == "mix" and found
+            mixed = mixes and found
             if len(found) == top or not explored.watch.pruned or mixed:
                 break
         if not found:
