@@ -27,9 +27,9 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from autoshard.cost.early import Early
 from autoshard.ir.program import BARRIER, Op, Program
 from autoshard.ir.train_step import UPDATE_SCOPE
+from autoshard.plan.early import Early
 from autoshard.rules import FactorRule
 
 _POINTWISE = ("elementwise", "data", "move")
@@ -210,7 +210,7 @@ class _Fusion:
                 for v, result in zip(op.inputs, op.outputs, strict=True):
                     self.same[result] = self.same.get(v, v)
             elif self.rules[op.index].op_kind not in ("link", "collective"):
-                (first if self._is_early(op) else rest).append(op)
+                (first if op.index in self.early.ops else rest).append(op)
         self._visit(first)
         for op in rest:
             self._settle(op)
@@ -230,9 +230,6 @@ class _Fusion:
             recipe = self.recipes.get(v)
             if recipe and recipe.reads and (recipe.costly or apart):
                 self._write(v)
-
-    def _is_early(self, op: Op) -> bool:
-        return all(v in self.early for v in op.outputs)
 
     def _visit(self, ops: Iterable[Op]) -> None:
         for op in ops:
@@ -350,10 +347,9 @@ class _Fusion:
     def _host(self, op: Op) -> tuple[int, Kernel] | None:
         """The product in whose kernel an op can run, if any."""
         inputs = [v for _, v in self._inputs(op)]
-        own = [v for v in inputs if v in self.home]
-        if not self._is_early(op):
-            own = [v for v in own if v not in self.early]
-        homes = [self.home[v] for v in own]
+        # No work on the batch is done where what was made first is.
+        apart = () if op.index in self.early.ops else self.early.values
+        homes = [self.home[v] for v in inputs if v in self.home and v not in apart]
         index = max((h for h in homes if self.found[h].kind == "product"), default=-1)
         if index < 0 or self._group(self.found[index].op) != self._group(op.index):
             return None
@@ -393,12 +389,12 @@ class _Fusion:
         """A kernel for a recipe: one of its shape that reads the same, or a new one."""
         latest = max((self._when(v) for v in recipe.reads), default=-1)
         size, group = self._numel(space), self._group(op.index)
-        # Only those that share more than a scalar with it, or than what is early.
-        own = UPDATE_SCOPE in op.scope or self._is_early(op)
+        # Only those that share more than a scalar with it, or than what is made first.
+        own = UPDATE_SCOPE in op.scope or op.index in self.early.ops
         near = {
             index
             for v in recipe.reads
-            if self._numel(v) != 1 and (own or v not in self.early)
+            if self._numel(v) != 1 and (own or v not in self.early.values)
             for index in self.touching[v]
             if index >= latest
         }

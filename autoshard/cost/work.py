@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from autoshard.cost.early import of_state
 from autoshard.cost.schedule import lifetimes, positions
 from autoshard.cost.segments import UNCUT, Segments, segments
 from autoshard.cost.written import Fusions
@@ -106,10 +105,6 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
     at = positions(program)
     in_memory = materialised(program, classes, folded)
     birth, death, over = lifetimes(traced, at, in_memory)
-    batched = tuple(any(c in batch for c in dims) for dims in classes.of_value)
-    pairs = zip(program.inputs, traced.inputs, strict=True)
-    data = [value for value, info in pairs if info.state == "data"]
-    early = of_state(program, data, batched)
     work = Work(
         runs=tuple(
             runs[op.region] * times
@@ -119,7 +114,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
             rule.flops_per_point * prod(rule.sizes, start=1.0) for rule in rules
         ),
         materialised=in_memory,
-        batched=batched,
+        batched=classes.batched,
         batched_op=batched_op,
         update=tuple(UPDATE_SCOPE in op.scope for op in program.ops),
         at=at,
@@ -128,7 +123,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
         over=over,
         params=_params(traced),
         gradients=_gradients(program, classes),
-        fusions=Fusions(program, rules, traced.blocks.crossing, early),
+        fusions=Fusions(program, rules, traced.blocks.crossing, classes.early),
         alike_ops=folded.alike_ops,
         alike=folded.alike,
         amid=frozenset(at[op] for op in folded.amid),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from autoshard.cost.early import Early
 from autoshard.cost.fusion import SAME, Kernel, apart, is_optional, kernels
 from autoshard.ir.program import LINK, Program
+from autoshard.plan.early import Early
 from autoshard.rules import FactorRule
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from autoshard.ir.mesh import canonical_axis
 from autoshard.ir.ties import Blocks
 from autoshard.ir.trace import Traced
+from autoshard.plan.early import Early
 from autoshard.plan.ragged import Ragged
 from autoshard.plan.strategy import Strategy
 from autoshard.rules import FactorRule
@@ -81,6 +82,8 @@ class DimClasses:
         fixed: What the user fixed in mesh axes.
         replicated: Ops that the `replicate` opt-in covers.
         aliases: Canonical axis per name that the user gave an axis.
+        batched: Per value, whether a microbatch holds only a part of it.
+        early: Values that are made of state alone.
     """
 
     rules: tuple[FactorRule, ...]
@@ -93,6 +96,8 @@ class DimClasses:
     fixed: Fixed = field(default_factory=Fixed)
     replicated: tuple[int, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
+    batched: tuple[bool, ...] = ()
+    early: Early = field(default_factory=Early)
 
     def canonical(self, axes: tuple[str, ...], where: str) -> tuple[str, ...]:
         """The user's axes in canonical names.

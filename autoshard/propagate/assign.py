@@ -97,6 +97,7 @@ class _Propagation(Decisions):
         self.targets = gradient_targets(
             program,
             rules,
+            self.classes.early,
             self.stored,
             gradient_dims=self.gradient_dims,
             plain_dims=self.wants.value_dims,
@@ -171,6 +172,7 @@ class _Propagation(Decisions):
             wants.wish_of_factor[index],
             op.params["kind"] if name == LINK else name if name in _NAMED else "",
             outputs[0] in wants.activations if outputs else False,
+            self.classes.batched[outputs[0]] if outputs else False,
             self.under.updates[index],
             *seen,
             *[state[v] for v in outputs],
@@ -257,6 +259,7 @@ class _Propagation(Decisions):
             self.plain.get(value),
             value in self.free,
             value in self.wants.activations,
+            value in self.classes.early.values,
         )
         return self.states.setdefault(key, len(self.states))
 

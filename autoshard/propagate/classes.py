@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from autoshard.ir.program import LINK, Program
 from autoshard.ir.trace import Traced
+from autoshard.plan.early import made_first
 from autoshard.plan.ragged import Ragged
 from autoshard.plan.sharded import LAYERS, DimClasses
 from autoshard.propagate.fixed import fix
@@ -80,6 +81,8 @@ def find_classes(
     ).items():
         names[cls] = (name,)
         origins[cls, name] = origin
+    batch = {cls for cls, own in names.items() if "batch" in own}
+    batched = tuple(any(cls in batch for cls in dims) for dims in of_value)
     return DimClasses(
         rules=rules,
         of_value=of_value,
@@ -95,6 +98,8 @@ def find_classes(
             if rules[op.index].op_kind == "replicated"
         ),
         aliases=dict(aliases or {}),
+        batched=batched,
+        early=made_first(traced, rules, batched),
     )
 
 

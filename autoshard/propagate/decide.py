@@ -169,7 +169,7 @@ class Decisions:
             axes = self.sums.role[op.index].factor_axes
         elif op.primitive == LINK:
             axes = self._link_axes(op, rule)
-            result_stored = op.inputs[0] in self.stored and kind != "branch_out"
+            result_stored = self._keeps(op)
         elif op.primitive == "autoshard_annotate" and op.params["role"]:
             result = self.gradient_dims(op)
             axes = factors_from(rule, rule.results[0], result)
@@ -213,10 +213,25 @@ class Decisions:
 
         How that is divided does not hang on how state is stored.
         """
-        known = self.stored.keys() | self.free
-        return not self.under.updates[op.index] and any(
-            v in self.wants.activations and v not in known for v in op.inputs
+        if self.under.updates[op.index]:
+            return False
+        if self.classes.batched[op.outputs[0]]:
+            return True
+        early, values = self.classes.early.values, self.program.values
+        known = (early, self.stored, self.free)
+        return any(
+            v >= 0 and values[v].shape and not any(v in some for some in known)
+            for v in op.inputs
         )
+
+    def _keeps(self, op: Op) -> bool:
+        """Whether a link keeps the storage spec of what it takes."""
+        source, kind = op.inputs[0], op.params["kind"]
+        if source not in self.stored or kind == "branch_out":
+            return False
+        # What a loop carries on of the data is not stored because it begins as state.
+        data = op.outputs[0] not in self.classes.early.values
+        return kind != "carry_in" or self.under.updates[op.index] or not data
 
     def _plain(self, op: Op, rule: FactorRule) -> list[Dims]:
         """Spec per result if nothing were stored otherwise than as it is used."""
@@ -280,7 +295,7 @@ class Decisions:
         """A loop takes values as they come in, and as they must go on or go out."""
         source, target = op.inputs[0], op.outputs[0]
         kind = op.params["kind"]
-        if kind in _INWARDS or (kind == "carry_in" and source in self.stored):
+        if kind in _INWARDS or (kind == "carry_in" and self._keeps(op)):
             return factors_from(rule, rule.operands[0], self.specs[source])
         wanted = self.specs[target]
         if wanted is None and kind == "branch_out":
@@ -291,9 +306,12 @@ class Decisions:
                 rule, factors_from(rule, rule.operands[0], self.specs[source])
             )[0]
             wanted = self.targets.get(target)
-            if wanted is None:
-                stored = source in self.stored
-                wanted = natural if stored else self.wants.value_dims(target, natural)
+            if wanted is None and self._keeps(op):
+                wanted = natural
+            elif wanted is None:
+                used = factors_from(rule, rule.operands[0], self._used(source))
+                [natural] = natural_dims(rule, used)
+                wanted = self.wants.value_dims(target, natural)
         return factors_from(rule, rule.results[0], wanted)
 
     def _results(

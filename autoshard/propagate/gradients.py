@@ -6,11 +6,11 @@ afterwards; so the spec in which a gradient is stored reaches back to its origin
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from autoshard.ir.program import BARRIER, LINK, Op, Program
 from autoshard.ir.train_step import UPDATE_SCOPE
+from autoshard.plan.early import Early
 from autoshard.plan.sharded import Dims
 from autoshard.propagate.project import factors_from, natural_dims, runs_with, spec_of
 from autoshard.rules import FactorRule
@@ -19,6 +19,7 @@ from autoshard.rules import FactorRule
 def gradient_targets(
     program: Program,
     rules: Sequence[FactorRule],
+    early: Early,
     stored: Mapping[int, Dims],
     *,
     gradient_dims: Callable[[Op], Dims],
@@ -28,13 +29,14 @@ def gradient_targets(
 
     Walks the ops backwards through point-by-point ops and links, from the marks of a
     `TrainStep` and from where optimizer state is met; stops at the first op of another
-    kind, which is the one that makes the gradient. What a `TrainStep` uses otherwise,
-    too, is not on the way: how the batch is worked on does not hang on how gradients
+    kind, which is the one that makes the gradient. What the passes of a `TrainStep` go
+    on with is not on the way: how the batch is worked on does not hang on how gradients
     are stored.
 
     Args:
         program: The program.
         rules: Factor rule per op.
+        early: What the passes go on with.
         stored: Spec of each input that is sharded beyond its compute spec.
         gradient_dims: Spec in which a marked gradient is stored.
         plain_dims: Spec a value has if nothing is asked of it.
@@ -43,14 +45,16 @@ def gradient_targets(
         Spec per value, where it differs from the plain one.
     """
     targets: dict[int, Dims] = {}
-    met = _optimizer_ops(program, rules, stored)
-    inputs = set(program.inputs)
     marked = any(_is_mark(op) for op in program.ops)
-    others = Counter(v for op in program.ops for v in {*op.inputs} if v >= 0)
-    others.update(program.outputs)
+    ops = [op for op in program.ops if not marked or UPDATE_SCOPE in op.scope]
+    met = _optimizer_ops(ops, rules, stored)
+    leads = early.leads if marked else frozenset[int]()
+    inputs = set(program.inputs)
     ways_back: dict[tuple[int, Dims], tuple[Dims, ...]] = {}
 
     def ask(value: int, dims: Dims) -> None:
+        if value in leads:
+            return
         have = targets.get(value)
         if have is None:
             if dims != plain_dims(value, dims):
@@ -62,19 +66,10 @@ def gradient_targets(
     for op, rule in zip(reversed(program.ops), reversed(rules), strict=True):
         if _is_mark(op):
             ask(op.inputs[0], gradient_dims(op))
-            others[op.inputs[0]] -= 1
             continue
-        wanted = None
-        if not marked or UPDATE_SCOPE in op.scope:
-            wanted = met.get(op.index)
-        else:
-            for v in op.outputs:
-                if others[v]:
-                    targets.pop(v, None)
-        if rule.op_kind not in ("elementwise", "move", "link"):
-            continue
-        wanted = targets.get(op.outputs[0], wanted)
-        if wanted is None:
+        wanted = targets.get(op.outputs[0]) if op.outputs else None
+        wanted = wanted or met.get(op.index)
+        if wanted is None or rule.op_kind not in ("elementwise", "move", "link"):
             continue
         if op.primitive == BARRIER:
             continue
@@ -87,7 +82,6 @@ def gradient_targets(
         for value, dims in zip(op.inputs, back, strict=False):
             if value >= 0 and dims and value not in inputs:
                 ask(value, dims)
-        others.subtract({*op.inputs} if back else ())
     return targets
 
 
@@ -108,7 +102,7 @@ def _back(rule: FactorRule, wanted: Dims) -> tuple[Dims, ...]:
 
 
 def _optimizer_ops(
-    program: Program, rules: Sequence[FactorRule], inputs: Mapping[int, Dims]
+    ops: Iterable[Op], rules: Sequence[FactorRule], inputs: Mapping[int, Dims]
 ) -> dict[int, Dims]:
     """Ops that meet stored optimizer state, and the spec they run with.
 
@@ -118,7 +112,8 @@ def _optimizer_ops(
     stored = dict(inputs)
     ways_on: dict[tuple[int, int, Dims], list[Dims] | None] = {}
     found: dict[int, Dims] = {}
-    for op, rule in zip(program.ops, rules, strict=True):
+    for op in ops:
+        rule = rules[op.index]
         if rule.op_kind not in ("elementwise", "link"):
             continue
         if op.primitive == BARRIER:

@@ -193,7 +193,9 @@ class Solver:
         mixes = self.strategy.schedule.remat == "mix"
         # Of the best by the price of the search, some may not fit with their
         # microbatches traced; mostly they do.
-        for best in (*(() if mixes else (top,)), top + _SPARE, None):
+        counts = (top + _SPARE, None) if mixes else (top, top + _SPARE, None)
+        found: list[Plan] = []
+        for best in counts:
             explored = self.explored(best)
             found = self._written(explored, self._different(explored), top)
             # All are priced only with one policy for all blocks.

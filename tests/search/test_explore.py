@@ -78,7 +78,7 @@ def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, nth):
 
     with monkeypatch.context() as patch:
         patch.setattr(Pricer, "price_all", interrupted)
-        explored = one.explored(5)  # as many as `plans` asks for
+        explored = one.explored(1)  # as many as `plans` asks for
     assert explored.why == "interrupted"
     # Bounds leave nothing to price of some structures.
     priced = sum(len(group.sizes) > 0 for group in explored.groups)
