@@ -61,10 +61,7 @@ def made_first(
                 if not others.isdisjoint(operands):
                     others.add(result)
     leads = {v for v, own in enumerate(batched) if own}
-    for op in ops:
-        rule = rules[op.index]
-        if rule.op_kind == "matmul" or rule.flops_per_point:
-            leads.update(op.inputs)
+    leads.update(v for op in ops if _multiplies(rules[op.index]) for v in op.inputs)
     count = -1
     while count != len(leads):
         count = len(leads)
@@ -85,6 +82,11 @@ def made_first(
         frozenset(leads),
         {op: own for op, own in met.items() if own},
     )
+
+
+def _multiplies(rule: FactorRule) -> bool:
+    plain = rule.op_kind in ("elementwise", "data", "move", "reduce", "link")
+    return rule.op_kind == "matmul" or (bool(rule.flops_per_point) and not plain)
 
 
 def _ways(op: Op) -> Iterator[tuple[Sequence[int], int]]:
