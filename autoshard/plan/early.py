@@ -9,7 +9,7 @@ hold for all storage depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autoshard.ir.program import BARRIER, Op
@@ -34,6 +34,20 @@ class Early:
     ops: frozenset[int] = frozenset()
     leads: frozenset[int] = frozenset()
     met: dict[int, frozenset[int]] = field(default_factory=dict)
+
+    def of_part(self, ops: Mapping[int, int], values: Mapping[int, int]) -> Early:
+        """The same of a part of the program, given the new numbers of what is left."""
+
+        def left(old: Collection[int], new: Mapping[int, int]) -> frozenset[int]:
+            return frozenset(new[own] for own in old if own in new)
+
+        met = {ops[o]: left(own, values) for o, own in self.met.items() if o in ops}
+        return Early(
+            left(self.values, values),
+            left(self.ops, ops),
+            left(self.leads, values),
+            met,
+        )
 
 
 def made_first(

@@ -77,13 +77,13 @@ class DimClasses:
         of_factor: Class per factor per op, -1 for a factor that leads no dim.
         names: Logical names per class, by alphabet.
         blocks: Repeated structure.
+        batched: Per value, whether a microbatch holds only a part of it.
+        early: Values that are made of state alone.
         origins: Per class and name, where it was first given, in words.
         named_at: Dims that carry a name themselves: `(value, dim, name, origin)`.
         fixed: What the user fixed in mesh axes.
         replicated: Ops that the `replicate` opt-in covers.
         aliases: Canonical axis per name that the user gave an axis.
-        batched: Per value, whether a microbatch holds only a part of it.
-        early: Values that are made of state alone.
     """
 
     rules: tuple[FactorRule, ...]
@@ -91,13 +91,13 @@ class DimClasses:
     of_factor: Ragged
     names: dict[int, tuple[str, ...]]
     blocks: Blocks
+    batched: tuple[bool, ...]
+    early: Early
     origins: dict[tuple[int, str], str] = field(default_factory=dict)
     named_at: tuple[tuple[int, int, str, str], ...] = ()
     fixed: Fixed = field(default_factory=Fixed)
     replicated: tuple[int, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
-    batched: tuple[bool, ...] = ()
-    early: Early = field(default_factory=Early)
 
     def canonical(self, axes: tuple[str, ...], where: str) -> tuple[str, ...]:
         """The user's axes in canonical names.

@@ -77,6 +77,8 @@ def left_of(classes: DimClasses, folded: Folded) -> DimClasses:
             conflicts=fixed.conflicts,
         ),
         replicated=tuple(ops[o] for o in classes.replicated if o in ops),
+        batched=tuple(classes.batched[v] for v in folded.values),
+        early=classes.early.of_part(ops, values),
     )
 
 

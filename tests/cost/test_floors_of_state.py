@@ -103,6 +103,39 @@ def written_over(p, x):
     return (jnp.tanh(both).sum(-1) ** 2).mean() + 0 * p["q"].sum()
 
 
+def carried(p, x):
+    """A loop that begins with state and goes on with the batch."""
+
+    def step(h, row):
+        h = jnp.tanh(row @ p["w"] + h @ p["u"])
+        return h, h
+
+    rows = annotate(jnp.swapaxes(x, 0, 1), None, "batch", None)
+    _, made = jax.lax.scan(step, jax.lax.stop_gradient(p["h"]), rows)
+    return ((made @ p["v"]) ** 2).mean()
+
+
+def carried_statistics(p, x):
+    """Statistics that begin as state, along which two passes can be one or two."""
+
+    def step(c, rows):
+        a, b = rows[:, 0], rows[:, 1]
+        first, second = jnp.tanh(a * c) @ p["w"], jnp.tanh(b * (1 + c)) @ p["z"]
+        out = first + second + jnp.tanh(a + b) @ p["w"]
+        return 0.9 * c + 0.1 * a.mean(0), (out**2).mean()
+
+    parts = annotate(jnp.swapaxes(x, 0, 1), None, "batch", None, None)
+    _, found = jax.lax.scan(step, jax.lax.stop_gradient(p["a"]), parts)
+    return found.mean()
+
+
+def one_for_each_example(p, x):
+    """State with a row for each example."""
+    made = x @ p["w"]
+    memory = 0.9 * p["m"] + 0.1 * jax.lax.stop_gradient(made)
+    return ((made - memory) ** 2).mean()
+
+
 def of_random_parts(seed):
     """Point-by-point ops, statistics and products of the batch and of parameters."""
     choose = np.random.default_rng(seed)
@@ -145,6 +178,8 @@ def of_random_parts(seed):
 ROW = (512,)
 WIDE = {"w": (512, 8), "z": (512, 8), "a": ROW, "b": ROW}
 BLOCKS = {"w": (512, 64), "z": (512, 64), "v": (64, 512), "y": (64, 512)}
+SQUARE = (1024, 1024)
+RECURRENT = {"h": (2048, 1024), "w": SQUARE, "u": SQUARE, "v": (1024, 8)}
 STACKED = {"g": (4, 512), "m": (4, 512, 512), "e": (4, 512), "l": (4, 512)}
 RANDOM = range(12)
 CASES = [
@@ -157,6 +192,9 @@ CASES = [
     (batch_norms_in_a_loop, {**STACKED, "w": (512, 8)}, (ROWS, 512)),
     (queue, {"q": (4096, 8192)}, (4096, 8192)),
     (written_over, {"q": (4096, 8192)}, (1024, 8192)),
+    (carried, RECURRENT, (2048, 16, 1024)),
+    (carried_statistics, WIDE, (2**16, 4, 2, 512)),
+    (one_for_each_example, {"m": (8192, 1024), "w": SQUARE}, (8192, 1024)),
 ]
 
 
@@ -185,7 +223,7 @@ def tight_bounds(loss, shapes, batch):
     """Holds all bounds against all prices; gives how many come close."""
 
     def marked(p, x):
-        return loss(p, annotate(x, "batch", None))
+        return loss(p, annotate(x, "batch", *[None] * (x.ndim - 1)))
 
     def init(key):
         return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
