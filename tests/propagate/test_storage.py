@@ -9,12 +9,16 @@ import dataclasses
 import itertools
 import random
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from helpers.equality import abstract_batch, make_step
 from helpers.small_programs import instance
 from jax.sharding import PartitionSpec
 from propagate.programs import ACTIVATIONS, MLP_WEIGHTS, mlp_step, stacked_step
 
+from autoshard import annotate, train_step
 from autoshard.ir.trace import trace
 from autoshard.plan.sharded import Layout, ShardedProgram
 from autoshard.propagate import UnderRules, find_classes, propagate
@@ -106,8 +110,6 @@ def test_ops_that_meet_no_storage_are_decided_once():
 
 
 def test_what_the_user_fixed_is_shared_too():
-    import jax
-
     def fn(weights, x):
         hidden = jax.lax.with_sharding_constraint(
             x @ weights["up"], PartitionSpec("data", None, "tensor")
@@ -131,3 +133,62 @@ def test_other_rules_are_refused():
     under = UnderRules(traced, classes, Layout(rules=()))
     with pytest.raises(AssertionError):
         propagate(traced, classes, Layout(rules=(("mlp", ("tensor",)),)), under)
+
+
+SQUARE = (64, 64)
+
+
+def skips_bad_steps(state, x):
+    """No `TrainStep`; scalars made of the data meet stored state."""
+    x = annotate(x, "batch", None)
+    loss, found = jax.value_and_grad(lambda w: ((x @ w) ** 2).mean())(state["w"])
+    found = found * jnp.minimum(1.0, jax.lax.rsqrt((found**2).sum()))
+    moment = 0.9 * state["m"] + found
+    new = {"w": state["w"] - moment, "m": moment}
+    good = jnp.isfinite(loss)
+    return jax.tree.map(lambda own, old: jnp.where(good, own, old), new, state)
+
+
+def weight_norm_step():
+    """The gradient of the product is used twice before it is one of a parameter."""
+
+    def loss(p, x):
+        w = p["w"] * jax.lax.rsqrt((p["w"] ** 2).sum(0)) * p["g"]
+        return ((annotate(x, "batch", None) @ w) ** 2).mean()
+
+    def init(key):
+        return {"w": jax.random.normal(key, SQUARE), "g": jnp.ones(SQUARE[1:])}
+
+    return train_step(loss, optax.adam(1e-3), model=init)
+
+
+@pytest.mark.parametrize("name", ["scalars", "weight norm"])
+def test_stored_state_is_gathered_for_products_alone(name):
+    x = jax.ShapeDtypeStruct((32, *SQUARE[:1]), jnp.float32)
+    if name == "scalars":
+        w = jax.ShapeDtypeStruct(SQUARE, jnp.float32)
+        traced = trace(skips_bad_steps, ({"w": w, "m": w}, x))
+    else:
+        traced = of_a_step(weight_norm_step(), x)
+    stored = dict.fromkeys(("params", "gradients", "optimizer"), ("fsdp",))
+    layout = Layout(rules=(("batch", ("data", "fsdp")),), **stored)
+    found = propagate(traced, find_classes(traced), layout)
+    ops = traced.program.ops
+    moved = [
+        (ops[move.op].primitive, move.target)
+        for move in found.reshards
+        if traced.program.values[move.value].shape == SQUARE
+    ]
+    assert moved
+    gathered = {kind for kind, target in moved if not any(target)}
+    assert gathered == {"dot_general"}
+    # Gradients are scattered where they are made, not summed everywhere.
+    scattered = [m for m in found.reshards if m.unreduced and any(m.target)]
+    assert scattered
+    assert not [
+        m
+        for m in found.reshards
+        if m.unreduced
+        and not any(m.target)
+        and traced.program.values[m.value].shape == SQUARE
+    ]
