@@ -201,10 +201,14 @@ class Decisions:
             and op.region not in self.wants.manual
         ):
             pins.append("out0")
-        plain = self._plain(op, rule) if kept else ()
+        plain = self._plain(op, rule) if kept else []
         return Outcome(
-            axes,
-            *(tuple(specs), tuple(kept), tuple(free), tuple(reshards), tuple(pins)),
+            axes=axes,
+            specs=tuple(specs),
+            stored=tuple(kept),
+            free=tuple(free),
+            reshards=tuple(reshards),
+            pins=tuple(pins),
             plain=tuple(plain[k] for k in kept),
         )
 
