@@ -127,7 +127,7 @@ def estimate(
         _, memory = pricer.liveness.memory(meshes, cuts, held=held)
         hosts = host_bytes(held)
         if Rates.counted(cluster):
-            counted = pricer.compute_s(meshes, cuts, Rates.compiler(cluster))
+            counted = pricer.timing.compute_s(meshes, cuts, Rates.compiler(cluster))
             counted_s = float(sum(part[0] for part in counted))
     step_s = float(prices.step_s[0])
     dtype = matmul_dtype(pricer.program, pricer.sharded.classes, pricer.work)
@@ -262,7 +262,7 @@ def _of_attention(
 ) -> list[Collective]:
     """What attention sends where its keys and values stay in parts."""
     found = []
-    for each in pricer.sent(meshes, cuts):
+    for each in pricer.timing.sent(meshes, cuts):
         op = pricer.program.ops[each.op]
         place = pricer.work.segments.of_op[op.index]
         part = float(share[place, 0]) if share is not None else 1.0

@@ -137,7 +137,7 @@ class Liveness:
         """
         tiles: dict[_Key, Vector | float] = {}
         whole = np.zeros(len(meshes))
-        for value in self._gradient_leaves:
+        for value in self.work.gradient_leaves:
             size = self._whole(value, self.sharded.specs[value], meshes, tiles)
             size = size * self.work.alike[value]
             whole += size if share is None else size * share[self._place[value]]
@@ -561,14 +561,6 @@ class Liveness:
             if self.sharded.classes.rules[op.index].op_kind in ("matmul", "scatter"):
                 after[op.region] = position
         return found
-
-    @cached_property
-    def _gradient_leaves(self) -> tuple[int, ...]:
-        return tuple(
-            op.outputs[0]
-            for op in self.program.ops
-            if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient"
-        )
 
     @cached_property
     def uses(self) -> dict[tuple[Any, ...], tuple[int, int]]:

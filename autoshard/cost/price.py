@@ -19,20 +19,15 @@ from autoshard.cost.attention import in_parts, passes_of
 from autoshard.cost.collectives import Meshes, Rows, Vector, scattered, taken
 from autoshard.cost.compute import Compute
 from autoshard.cost.constants import Constants
-from autoshard.cost.context import ALL_GATHER, FREE, Context, Transfer
+from autoshard.cost.context import ALL_GATHER, FREE, Context
 from autoshard.cost.liveness import Liveness
 from autoshard.cost.local import LocalBytes
 from autoshard.cost.moved import Moved
-from autoshard.cost.moves import axes_of
 from autoshard.cost.offload import Held, Offload, Phases, host_bytes, transfers_s
-from autoshard.cost.overlap import exposed_s, least_exposed_s
 from autoshard.cost.pipeline import Pipeline
 from autoshard.cost.placement import Placements
 from autoshard.cost.prices import Alike, Prices, Wish, of_one_stage, of_stages
-from autoshard.cost.rates import Rates
-from autoshard.cost.segments import BOTH
 from autoshard.cost.stages import (
-    PLACES,
     STAGE,
     Cut,
     Kernels,
@@ -44,8 +39,8 @@ from autoshard.cost.stages import (
     staged,
     waiting,
 )
+from autoshard.cost.timing import Timing
 from autoshard.cost.work import Work
-from autoshard.ir.build import is_transposed
 from autoshard.plan.cluster import Cluster
 from autoshard.plan.sharded import ShardedProgram
 
@@ -102,7 +97,7 @@ class Pricer:
         self._of_axes = Moves(sharded, self.moved.moves)
         self._along: dict[frozenset[str], Pricer] = {}
         self._gathering: Pricer | None = None
-        self.liveness = self._find_liveness()
+        self.liveness, self.timing = self._find_liveness(), self._find_timing()
 
     def with_context(self, kind: str, heads: int = 0) -> Pricer:
         """What prices the same program with another kind of attention.
@@ -122,7 +117,7 @@ class Pricer:
         found._along = {}
         passes = free.context.passes
         found.context = Context(kind, heads, passes, self.work, self.local_bytes)
-        found.liveness = found._find_liveness()
+        found.liveness, found.timing = found._find_liveness(), found._find_timing()
         return found
 
     @cached_property
@@ -146,6 +141,10 @@ class Pricer:
     def _find_liveness(self) -> Liveness:
         own = self.sharded, self.work, self.moved.moves, self.local_bytes
         return Liveness(*own, self.context.buffers())
+
+    def _find_timing(self) -> Timing:
+        own = self.sharded, self.work, self.moved, self.context
+        return Timing(*own, lambda: self.compute, self.constants)
 
     @cached_property
     def compute(self) -> Compute:
@@ -310,9 +309,9 @@ class Pricer:
     ) -> list[Prices]:
         base, own = meshes.take(same.first), cuts[same.first]
         kernels = known[0].kernels if known else None
-        kernels = kernels or taken(self._kernels(base, own), same.of)
+        kernels = kernels or taken(self.timing.kernels(base, own), same.of)
         free = meshes.free(wish.anywhere) if wish.anywhere else None
-        parts, least = self._placed(kernels, meshes, cuts, free)
+        parts, least = self.timing.placed(kernels, meshes, cuts, free)
         if known:
             hows = [prices.cut for prices in known]
         else:
@@ -356,7 +355,7 @@ class Pricer:
         if not pipelines:
             return [None]
         if not base.canonical:
-            parts = self.parts(Meshes(base.cluster, base.sizes), cuts)
+            parts = self.timing.parts(Meshes(base.cluster, base.sizes), cuts)
         blocks, counts = self.work.segments.blocks, base.product(STAGE)
         return [cut(how, blocks, parts, counts, cuts) for how in pipelines]
 
@@ -385,7 +384,10 @@ class Pricer:
         busy = taken(kernels, rows)
         other, update = busy.other + host, busy.update + host_update
         busy = replace(busy, other=other, update=update)
-        sent, shared = self.sent_bytes(meshes, cuts), self._shared_bytes(meshes)
+        sent, shared = (
+            self.timing.sent_bytes(meshes, cuts),
+            self.timing.shared_bytes(meshes),
+        )
         hops = (cuts, sent, shared, self.constants)
 
         def one(how: Cut | None) -> Prices:
@@ -435,23 +437,6 @@ class Pricer:
 
         return self.apart(Meshes(cluster, sizes), microbatches, memory)
 
-    def sent_bytes(self, meshes: Meshes, microbatches: Vector) -> Vector:
-        """Bytes that one microbatch hands from block to block, on one device."""
-        sent = np.zeros(len(meshes))
-        for v in self.work.segments.sent:
-            axes = axes_of(self.sharded.specs[v])
-            sent += self.local_bytes(v, axes, meshes, microbatches)
-        return sent
-
-    def _shared_bytes(self, meshes: Meshes) -> Vector:
-        """Bytes of gradients that both ends have, on one device."""
-        shared = np.zeros(len(meshes))
-        for v in self._gradient_leaves():
-            if self.work.segments.of_value[v] == BOTH:
-                axes = axes_of(self.sharded.specs[v])
-                shared += self.local_bytes(v, axes, meshes, np.ones(1))
-        return shared
-
     def _memory(
         self,
         meshes: Meshes,
@@ -497,103 +482,3 @@ class Pricer:
                 begin += len(at)
             found += [(peak, host) for peak, host in own]
         return found
-
-    def parts(self, meshes: Meshes, microbatches: Vector) -> Parts:
-        """Seconds of a step by what belongs together, all blocks on every chip."""
-        kernels = self._kernels(meshes, microbatches)
-        return self._placed(kernels, meshes, microbatches, None)[0]
-
-    def _placed(
-        self,
-        kernels: Kernels,
-        meshes: Meshes,
-        microbatches: Vector,
-        free: Meshes | None,
-    ) -> tuple[Parts, Vector | None]:
-        """Kernels with collectives, and what of these shows at least in any order."""
-        kind, constants = meshes.cluster.kind, self.constants
-        sums = np.zeros((3, PLACES, len(meshes)))
-        least = np.zeros((3, len(meshes)))
-        for when, place, name, axes, time, size, runs in self.moved.sent(
-            meshes, microbatches
-        ):
-            sums[when, place] += time
-            if free is not None:
-                least[when] += runs * free.time_s(name, frozenset(axes), size)
-        of_op = self.work.segments.of_op
-        sent, heads = self.context.transfers(meshes, microbatches, kernels.attention)
-        beside, late = (np.zeros((PLACES, len(meshes))) for _ in range(2))
-        for each in sent:
-            beside[of_op[each.op]] += each.time_s
-            late[of_op[each.op]] += each.shown_s
-        collective = sums.sum(axis=0)
-        work = (kernels.matmul + kernels.other).sum(axis=0)
-        exposed = exposed_s(kind, constants, work, *sums.sum(axis=1))
-        whole = np.maximum(collective.sum(axis=0), np.finfo(float).tiny)
-        parts = Parts(
-            kernels.matmul,
-            kernels.other,
-            kernels.update,
-            collective + beside,
-            collective / whole * exposed + late,
-            heads,
-        )
-        if free is None:
-            return parts, None
-        # Attention sends in one order alone, see `Placing`.
-        shown = least_exposed_s(kind, constants, work, *least) + late.sum(axis=0)
-        return parts, shown
-
-    def sent(self, meshes: Meshes, microbatches: Vector) -> list[Transfer]:
-        """What attention sends where its keys and values stay in parts."""
-        attention = self._kernels(meshes, microbatches).attention
-        return self.context.transfers(meshes, microbatches, attention)[0]
-
-    # -- time --------------------------------------------------------------------
-
-    def compute_s(
-        self, meshes: Meshes, cuts: Vector, rates: Rates
-    ) -> tuple[Vector, Vector]:
-        """Seconds in products, and in all else that a chip computes, at some rates."""
-        found = self._kernels(meshes, cuts, rates)
-        return found.matmul.sum(axis=0), found.other.sum(axis=0)
-
-    def _kernels(
-        self, meshes: Meshes, cuts: Vector, rates: Rates | None = None
-    ) -> Kernels:
-        """The same by what belongs together, by default at the rates of the cluster."""
-        rates = rates or Rates.of(meshes.cluster, self.constants)
-        matmul, other, forward, update = np.zeros((4, PLACES, len(meshes)))
-        places, of_op = self.work.segments, self.context.of_op
-        attention = [np.zeros(len(meshes)) for _ in self.context.passes]
-        for time in self.compute.times(meshes, cuts, rates):
-            place = places.of_op[time.kernel.op]
-            of_kind = matmul if time.kernel.kind == "product" else other
-            of_kind[place] += time.total_s
-            if self.work.update[time.kernel.op]:
-                update[place] += time.total_s
-            elif not is_transposed(self.program.ops[time.kernel.op]):
-                forward[place] += time.total_s
-            if time.kernel.op in of_op:
-                attention[of_op[time.kernel.op]] += time.total_s
-        other += self.summed_s(meshes, cuts, rates)
-        return Kernels(matmul, other, forward, update, tuple(attention))
-
-    def summed_s(self, meshes: Meshes, cuts: Vector, rates: Rates) -> Table:
-        """Seconds in sums of gradients over microbatches, float64[place, candidate]."""
-        found = np.zeros((PLACES, len(meshes)))
-        # The sum is read, the new gradient is read, the sum is written.
-        passes = np.where(cuts > 1, 3 * cuts / rates.hbm_bytes_per_s, 0.0)
-        for value in self._gradient_leaves():
-            axes = axes_of(self.sharded.specs[value])
-            size = self.local_bytes(value, axes, meshes, np.ones(1))
-            place = self.work.segments.of_value[value]
-            found[place] += size * self.work.alike[value] * passes
-        return found
-
-    def _gradient_leaves(self) -> list[int]:
-        return [
-            op.outputs[0]
-            for op in self.program.ops
-            if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient"
-        ]

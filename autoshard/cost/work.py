@@ -8,6 +8,7 @@ residual kept for the backward pass).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -54,6 +55,7 @@ class Work:
         params: Values that are parameters, or parts of them, in another dtype or
             transposed; each with the argument that it is of.
         gradients: Values that hold gradients.
+        gradient_leaves: The gradients of the parameters.
         fusions: The kernels that its ops become.
         segments: Where its blocks are, between which stages can be cut.
         alike_ops: Per op, for how many ops of the whole program it stands; `runs` has
@@ -77,6 +79,7 @@ class Work:
     over: frozenset[int]
     params: dict[int, int]
     gradients: frozenset[int]
+    gradient_leaves: tuple[int, ...]
     alike_ops: tuple[int, ...]
     alike: tuple[int, ...]
     amid: frozenset[int]
@@ -123,6 +126,7 @@ def analyse(traced: Traced, classes: DimClasses, folded: Folded | None = None) -
         over=over,
         params=_params(traced),
         gradients=_gradients(program, classes),
+        gradient_leaves=tuple(_gradient_leaves(program)),
         fusions=Fusions(program, rules, traced.blocks.crossing, classes.early),
         alike_ops=folded.alike_ops,
         alike=folded.alike,
@@ -178,10 +182,8 @@ def _params(traced: Traced) -> dict[int, int]:
 
 
 def _gradients(program: Program, classes: DimClasses) -> frozenset[int]:
-    found: set[int] = set()
+    found = set(_gradient_leaves(program))
     for op, rule in zip(reversed(program.ops), reversed(classes.rules), strict=True):
-        if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient":
-            found.update(op.outputs)
         if (
             found.intersection(op.outputs)
             and rule.op_kind in ("elementwise", "move", "link")
@@ -189,3 +191,9 @@ def _gradients(program: Program, classes: DimClasses) -> frozenset[int]:
         ):
             found.update(v for v in op.inputs if v >= 0)
     return frozenset(found)
+
+
+def _gradient_leaves(program: Program) -> Iterator[int]:
+    for op in program.ops:
+        if op.primitive == "autoshard_annotate" and op.params["role"] == "gradient":
+            yield op.outputs[0]

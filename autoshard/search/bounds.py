@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.cost import Pricer, floors
+from autoshard.cost import Pricer, fitting, floors
 from autoshard.cost.collectives import Meshes, Rows
 from autoshard.cost.offload import Offload
 from autoshard.cost.pipeline import Pipeline
@@ -60,9 +60,9 @@ class Floors:
 
     Attributes:
         of_step: From `floors.rest_s`.
-        alive: From `floors.alive_bytes`, with what is kept for the backward pass on the
-            chip, and without it: float64[2, 3, candidate].
-        moved: From `floors.moved_bytes` of activations, float64[3, candidate]; zero
+        alive: From `fitting.alive_bytes`, with what is kept for the backward pass on
+            the chip, and without it: float64[2, 3, candidate].
+        moved: From `fitting.moved_bytes` of activations, float64[3, candidate]; zero
             where none are offloaded.
     """
 
@@ -79,10 +79,10 @@ class Floors:
 def _alive(
     pricer: Pricer, meshes: Meshes, cuts: Vector, offloads: Sequence[Offload]
 ) -> Table:
-    on_chip = floors.alive_bytes(pricer, meshes, cuts)
+    on_chip = fitting.alive_bytes(pricer, meshes, cuts)
     if not any("activations" in offload for offload in offloads):
         return np.stack([on_chip, on_chip])
-    moved = floors.alive_bytes(pricer, meshes, cuts, offloaded=True)
+    moved = fitting.alive_bytes(pricer, meshes, cuts, offloaded=True)
     return np.stack([on_chip, moved])
 
 
@@ -93,7 +93,7 @@ def _moved(
         return np.zeros((3, len(meshes)))
 
     def moved(pricer: Pricer, part: Meshes, cuts: Vector, _rows: Rows) -> Table:
-        return floors.moved_bytes(pricer, part, cuts, ["activations"])["activations"]
+        return fitting.moved_bytes(pricer, part, cuts, ["activations"])["activations"]
 
     return pricer.apart(meshes, cuts, moved)
 
@@ -140,13 +140,13 @@ def _fitting_s(
     hows = wanted.pipelines
     rest = found.of_step[1]
     most = _most(pricer, meshes, cuts, hows, found.of_step, wanted.step_s)
-    states = floors.held_bytes(pricer, meshes, cuts)
+    states = fitting.held_bytes(pricer, meshes, cuts)
     kinds = {kind for offload in wanted.offloads for kind in offload}
-    moved = floors.moved_bytes(pricer, meshes, cuts, kinds - {"activations"})
+    moved = fitting.moved_bytes(pricer, meshes, cuts, kinds - {"activations"})
     moved["activations"] = found.moved
     counts = meshes.product(STAGE) if hows else np.ones(len(meshes))
 
-    waits = floors.waits(meshes, cuts, hows)
+    waits = fitting.waits(meshes, cuts, hows)
 
     def fits(
         offload: Iterable[str], rows: np.ndarray, most: Table | None = None
@@ -157,7 +157,7 @@ def _fitting_s(
         held = [own[:, rows] for kind, own in states.items() if kind not in offload]
         own = waits[..., rows], alive, sum(held, np.zeros((2, len(rows))))
         more = wanted.of(rows).bytes_, most if most is None else most[:, rows]
-        return floors.room(pricer, meshes.take(rows), *own, *more)
+        return fitting.room(pricer, meshes.take(rows), *own, *more)
 
     least_s = np.full(len(meshes), np.inf)
     left = np.arange(len(meshes))
@@ -255,7 +255,7 @@ def _most(
 ) -> Table:
     both = np.stack([of_step[0], of_step[2:][BLOCK]])
     each = [
-        floors.most_blocks(pricer, meshes, cuts, how, both, limit_s)
+        fitting.most_blocks(pricer, meshes, cuts, how, both, limit_s)
         for how in pipelines
     ]
     return np.array(each).reshape(len(each), len(meshes))
@@ -331,11 +331,16 @@ class RuleBounds:
         alive = _alive(pricer, meshes, cuts, wanted.offloads)
         self._found.alive[:, :, rows] = alive
         self._found.moved[:, rows] = _moved(pricer, meshes, cuts, wanted.offloads)
-        own = floors.waits(meshes, cuts, hows), alive[-1], nothing, wanted.bytes_
-        small = floors.room(pricer, meshes, *own)
+        own = (
+            fitting.waits(meshes, cuts, hows),
+            alive[-1],
+            nothing,
+            wanted.bytes_,
+        )
+        small = fitting.room(pricer, meshes, *own)
         if hows:
             most = _most(pricer, meshes, cuts, hows, of_step, wanted.step_s)
-            soon = floors.room(pricer, meshes, *own, most)
+            soon = fitting.room(pricer, meshes, *own, most)
             slow_s = np.maximum(floor_s, _above(wanted.step_s))
             floor_s = np.where(soon, floor_s, slow_s)
         return np.where(small, floor_s, np.inf)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from autoshard.cost import floors
+from autoshard.cost import fitting, floors
 from autoshard.cost.collectives import Meshes
 from autoshard.cost.constants import Constants
 from autoshard.cost.overlap import exposed_s, least_s
@@ -77,9 +77,9 @@ def test_stages_have_room_where_some_cut_of_them_fits(schedule, seed):
     held[0] = 0.0  # of what belongs to no block
     limit = rng.uniform(1, 4, 60)
     most = rng.integers(1, BLOCKS + 1, 60).astype(float)
-    waits = floors.waits(meshes, pieces, [how])
+    waits = fitting.waits(meshes, pieces, [how])
     given = pricer, meshes, waits, alive, held, limit
-    found = floors.room(*given), floors.room(*given, most[None])
+    found = fitting.room(*given), fitting.room(*given, most[None])
     wrong = 0
     for k, count in enumerate(stages):
         fits, soon = False, False
@@ -111,7 +111,7 @@ def test_no_stage_of_a_fast_step_has_more_than_the_most_blocks(schedule):
     of_blocks = rng.uniform(1, 2, 200)
     whole = of_blocks * rng.uniform(1, 1.5, 200)
     limit = whole * rng.uniform(0.3, 1.2, 200)
-    most = floors.most_blocks(
+    most = fitting.most_blocks(
         pricer, meshes, pieces, how, np.stack([whole, of_blocks]), limit
     )
     zero_bubble = pricer.constants["pipeline.zero_bubble"]

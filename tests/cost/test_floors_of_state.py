@@ -276,7 +276,7 @@ def tight_bounds(loss, shapes, batch):
         step_s = other.price(H100, sizes, cuts).step_s
         assert (found <= step_s * (1 + 1e-12)).all()
         assert (known[0] <= step_s * (1 + 1e-12)).all()
-        kernels = other._kernels(meshes, cuts)
+        kernels = other.timing.kernels(meshes, cuts)
         computed = (kernels.matmul + kernels.other - kernels.update).sum(axis=0)
         assert (known[2:].sum(axis=0) <= computed * (1 + 1e-12)).all()
         bounds, taken = products(first), products(other)

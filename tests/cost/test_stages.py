@@ -53,10 +53,10 @@ def test_a_block_takes_what_one_block_more_takes(remat):
     meshes, cuts = Meshes(H100, row(fsdp=16)), np.ones(1)
     rates = Rates.of(H100, Constants.shipped())
     few, many = (pricer(layers=n, remat=remat) for n in (4, 7))
-    parts = many.parts(meshes, cuts)
+    parts = many.timing.parts(meshes, cuts)
     block_s = (parts.matmul + parts.other)[0, 0] / 7
-    more_s = sum(many.compute_s(meshes, cuts, rates)) - sum(
-        few.compute_s(meshes, cuts, rates)
+    more_s = sum(many.timing.compute_s(meshes, cuts, rates)) - sum(
+        few.timing.compute_s(meshes, cuts, rates)
     )
     assert block_s == pytest.approx(float(more_s[0]) / 3, rel=1e-3)
 
@@ -64,7 +64,7 @@ def test_a_block_takes_what_one_block_more_takes(remat):
 def test_parts_add_up_to_the_step_of_one_stage():
     found = pricer(strategy="fsdp-tp")
     sizes, cuts = row(fsdp=8, tensor=2), np.array([2.0])
-    parts = found.parts(Meshes(H100, sizes), cuts)
+    parts = found.timing.parts(Meshes(H100, sizes), cuts)
     one = found.price(H100, sizes, cuts)
     assert parts.busy.sum() == pytest.approx(float(one.step_s[0]), rel=1e-12)
 
@@ -138,7 +138,7 @@ def test_more_microbatches_shrink_the_bubble_alone():
     # The work of an average stage is that of the step; each of the three others is
     # waited for once, for one microbatch.
     for cuts, prices in steps.items():
-        parts = found.parts(
+        parts = found.timing.parts(
             Meshes(H100, row(stage=4, data=2, fsdp=2)), np.array([float(cuts)])
         )
         each = parts.busy - parts.update

@@ -170,7 +170,7 @@ def test_no_storage_makes_kernels_faster_than_their_bound():
             here = part[divisible(pricer, grid[part], cuts[part], tried.batch())]
             meshes, pieces = Meshes(there, grid[here]), cuts[here].astype(float)
             least_s = floors.rest_s(bound, meshes, pieces)[2:]
-            kernels = pricer._kernels(meshes, pieces)
+            kernels = pricer.timing.kernels(meshes, pieces)
             taken_s = kernels.matmul + kernels.other - kernels.update
             assert (least_s <= taken_s * (1 + 1e-12)).all()
             compared += len(here)
