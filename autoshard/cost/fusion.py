@@ -474,8 +474,8 @@ class _Fusion:
 
     def _inputs(self, op: Op) -> list[tuple[int, int]]:
         """`(slot, value)` of operands that are no literals, seen through copies."""
-        pairs = enumerate(op.inputs)
-        return [(s, self.same.get(v, v)) for s, v in pairs if v >= 0]
+        pairs = enumerate([self.same.get(v, v) for v in op.inputs])
+        return [(s, v) for s, v in pairs if v >= 0]
 
     def _group(self, op: int) -> tuple[int, bool]:
         """Where an op runs: loop body, and forward and backward pass or update."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 from cost.test_price import pricer
@@ -30,6 +31,14 @@ def fused(fn, *args):
 def test_a_chain_of_pointwise_ops_is_one_loop():
     got = fused(lambda x, y: jnp.exp(x * 2) + y, shape(8, 4), shape(8, 4))
     assert got == [("loop", [(8, 4), (8, 4)], [(8, 4)])]
+
+
+def test_a_literal_behind_a_barrier_is_not_read():
+    def fn(x):
+        x, two = jax.lax.optimization_barrier((x, 2.0))
+        return x * two
+
+    assert fused(fn, shape(8, 4)) == [("loop", [(8, 4)], [(8, 4)])]
 
 
 def test_what_follows_a_product_runs_in_its_kernel():
