@@ -51,7 +51,7 @@ def row(**sizes):
 def sent(kind, chips=H100, heads=0, **sizes):
     """`(kind, bytes, runs)` of all that attention sends."""
     meshes = Meshes(chips, row(**sizes))
-    found = pricer(kind, heads).sent(meshes, np.ones(1))
+    found = pricer(kind, heads).timing.sent(meshes, np.ones(1))
     return sorted((t.kind, float(t.bytes_[0]), float(t.runs[0])) for t in found)
 
 
@@ -153,7 +153,7 @@ def test_usp_does_both():
 
 def test_without_context_devices_nothing_is_sent():
     for kind in ("ring", "ulysses", "usp"):
-        found = pricer(kind).sent(Meshes(H100, row(data=8, tensor=2)), np.ones(1))
+        found = pricer(kind).timing.sent(Meshes(H100, row(data=8, tensor=2)), np.ones(1))
         assert all(float(t.time_s[0]) == 0 for t in found)
 
 
@@ -221,7 +221,7 @@ def test_the_fastest_split_of_usp_is_taken():
     meshes = Meshes(cluster("h100:16"), row(context=8, data=2))
     seconds = {}
     for heads in (2, 4):
-        found = pricer("usp", heads).sent(meshes, np.ones(1))
+        found = pricer("usp", heads).timing.sent(meshes, np.ones(1))
         seconds[heads] = sum(float(t.shown_s[0]) for t in found)
     price = pricer("usp").price(meshes.cluster, meshes.sizes, np.ones(1))
     best = min(seconds, key=lambda heads: seconds[heads])
