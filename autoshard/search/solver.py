@@ -198,9 +198,10 @@ class Solver:
         for best in counts:
             explored = self.explored(best)
             found = self._written(explored, self._different(explored), top)
-            # All are priced only with one policy for all blocks.
-            mixed = mixes and found
-            if len(found) == top or not explored.watch.pruned or mixed:
+            # All are priced only with one policy for all blocks; and who stops a search
+            # wants what was found until then.
+            enough = found and (mixes or explored.left)
+            if len(found) == top or not explored.watch.pruned or enough:
                 break
         if not found:
             raise InfeasibleError(self._no_fit())

@@ -153,7 +153,9 @@ def test_usp_does_both():
 
 def test_without_context_devices_nothing_is_sent():
     for kind in ("ring", "ulysses", "usp"):
-        found = pricer(kind).timing.sent(Meshes(H100, row(data=8, tensor=2)), np.ones(1))
+        found = pricer(kind).timing.sent(
+            Meshes(H100, row(data=8, tensor=2)), np.ones(1)
+        )
         assert all(float(t.time_s[0]) == 0 for t in found)
 
 

@@ -65,8 +65,8 @@ def test_enough_time_leaves_nothing(optimum_s):
     assert explored.lower_bound_s == pytest.approx(optimum_s, rel=1e-9)
 
 
-@pytest.mark.parametrize("nth", [2, 3, 4])
-def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, nth):
+@pytest.mark.parametrize(("top", "nth"), [(1, 2), (1, 3), (5, 3), (5, 7)])
+def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, top, nth):
     one = solver()
     price, calls = Pricer.price_all, []
 
@@ -78,7 +78,7 @@ def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, nth):
 
     with monkeypatch.context() as patch:
         patch.setattr(Pricer, "price_all", interrupted)
-        explored = one.explored(1)  # as many as `plans` asks for
+        explored = one.explored(top)  # as many as `plans` asks for
     assert explored.why == "interrupted"
     # Bounds leave nothing to price of some structures.
     priced = sum(len(group.sizes) > 0 for group in explored.groups)
@@ -86,7 +86,7 @@ def test_an_interruption_keeps_the_best_so_far(monkeypatch, optimum_s, nth):
     best = min(float(g.step_s.min()) for g in explored.groups if len(g.step_s))
     assert explored.ranked[0][0] == best
     assert explored.lower_bound_s <= optimum_s <= best
-    [plan] = one.plans()
+    plan, *_ = one.plans(top)
     assert not plan.certificate.complete
     # The structure that was being priced is not counted as done.
     assert plan.certificate.left >= 1
