@@ -149,7 +149,7 @@ def skips_bad_steps(state, x):
     return jax.tree.map(lambda own, old: jnp.where(good, own, old), new, state)
 
 
-def weight_norm_step():
+def weight_norm_step(microbatches=1):
     """The gradient of the product is used twice before it is one of a parameter."""
 
     def loss(p, x):
@@ -159,17 +159,20 @@ def weight_norm_step():
     def init(key):
         return {"w": jax.random.normal(key, SQUARE), "g": jnp.ones(SQUARE[1:])}
 
-    return train_step(loss, optax.adam(1e-3), model=init)
+    return train_step(loss, optax.adam(1e-3), model=init).with_schedule(
+        microbatches=microbatches, remat="none"
+    )
 
 
-@pytest.mark.parametrize("name", ["scalars", "weight norm"])
+@pytest.mark.parametrize("name", ["scalars", "weight norm", "behind barriers"])
 def test_stored_state_is_gathered_for_products_alone(name):
     x = jax.ShapeDtypeStruct((32, *SQUARE[:1]), jnp.float32)
     if name == "scalars":
         w = jax.ShapeDtypeStruct(SQUARE, jnp.float32)
         traced = trace(skips_bad_steps, ({"w": w, "m": w}, x))
     else:
-        traced = of_a_step(weight_norm_step(), x)
+        # Microbatches meet parameters behind barriers.
+        traced = of_a_step(weight_norm_step(1 if name == "weight norm" else 2), x)
     stored = dict.fromkeys(("params", "gradients", "optimizer"), ("fsdp",))
     layout = Layout(rules=(("batch", ("data", "fsdp")),), **stored)
     found = propagate(traced, find_classes(traced), layout)
